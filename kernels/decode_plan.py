@@ -1,0 +1,186 @@
+"""Cuts a decode batch into work items of equal size, on the device, once a step for all layers."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from .tuning import DecodeTuning, decode_tuning
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """The largest batch that a plan and its scratch are made for.
+
+    Args:
+        num_reqs, seq_len: the most requests of a batch, the most tokens of a request.
+        num_heads, num_kv_heads, head_size: of the model, on this rank.
+        block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
+        num_processors: multiprocessors of the device.
+    """
+
+    num_reqs: int
+    seq_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    num_processors: int = 8
+    tuning: DecodeTuning | None = None
+
+    def __post_init__(self) -> None:
+        if self.tuning is None:
+            object.__setattr__(self, "tuning", decode_tuning(self.head_size))
+
+    @property
+    def slots(self) -> int:
+        """Items that run at the same time, each with a program a KV head."""
+        programs = self.tuning.programs_per_processor * self.num_processors
+        return max(1, programs // self.num_kv_heads)
+
+    def num_items(self, num_reqs: int) -> int:
+        """The most items of a batch of `num_reqs` requests."""
+        return num_reqs + self.slots * self.tuning.waves
+
+    @property
+    def max_request_items(self) -> int:
+        """The most items of one request."""
+        return self.slots * self.tuning.waves + 1
+
+    @property
+    def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
+        num_items = self.num_items(self.num_reqs)
+        num_blocks = self.num_reqs * -(-self.seq_len // self.block_size)
+        return (
+            ((num_items, self.num_heads, self.head_size), torch.float32),
+            ((num_items, self.num_heads), torch.float32),
+            ((num_items, self.num_kv_heads), torch.int32),
+            ((self.num_kv_heads, num_blocks), torch.int32),
+            ((self.num_kv_heads, num_blocks), torch.int32),
+            ((self.num_reqs, self.num_heads), torch.float32),
+        )
+
+
+@dataclass
+class DecodeScratch:
+    """What the decode kernels hand to one another; uninitialised memory will do."""
+
+    partial_output: torch.Tensor
+    partial_lse: torch.Tensor
+    kept_counts: torch.Tensor
+    kept_by_item: torch.Tensor
+    kept_blocks: torch.Tensor
+    threshold: torch.Tensor
+
+    @classmethod
+    def allocate(cls, limits: DecodeLimits, device: torch.device) -> "DecodeScratch":
+        return cls(*(torch.empty(s, dtype=d, device=device) for s, d in limits.scratch_shapes))
+
+
+@triton.jit
+def _decode_plan_kernel(
+    work_ptr,
+    item_offsets_ptr,
+    seq_lens_ptr,
+    num_reqs,
+    num_items,
+    BLOCK_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WAVES: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+    REQS_PADDED: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    requests = tl.arange(0, REQS_PADDED)
+    seq_lens = tl.load(seq_lens_ptr + requests, mask=requests < num_reqs, other=0)
+    blocks = (seq_lens + BLOCK_SIZE - 1) // BLOCK_SIZE
+    total = tl.sum(blocks, axis=0)
+    # one wave of items while they stay small, then up to WAVES for balance
+    size = tl.minimum((total + SLOTS - 1) // SLOTS, MAX_BLOCKS)
+    size = tl.maximum(tl.maximum(size, MIN_BLOCKS), (total + SLOTS * WAVES - 1) // (SLOTS * WAVES))
+    counts = (blocks + size - 1) // size
+    ends = tl.cumsum(counts, axis=0)
+    block_offsets = tl.cumsum(blocks, axis=0) - blocks
+    if tl.program_id(0) == 0:
+        tl.store(item_offsets_ptr + requests, ends - counts, mask=requests < num_reqs)
+        tl.store(item_offsets_ptr + num_reqs, tl.sum(counts, axis=0))
+
+    items = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    owner = tl.sum((ends[None, :] <= items[:, None]).to(tl.int32), axis=1)  # [ITEMS]
+    mine = requests[None, :] == owner[:, None]  # [ITEMS, REQS_PADDED]
+    first_item = tl.sum(tl.where(mine, (ends - counts)[None, :], 0), axis=1)
+    row_ptr = work_ptr + items * 8
+    stored = items < num_items
+    tl.store(row_ptr, tl.where(owner < num_reqs, owner, -1), mask=stored)
+    tl.store(row_ptr + 1, items - first_item, mask=stored)
+    tl.store(row_ptr + 2, tl.sum(tl.where(mine, counts[None, :], 0), axis=1), mask=stored)
+    tl.store(row_ptr + 3, tl.sum(tl.where(mine, blocks[None, :], 0), axis=1), mask=stored)
+    tl.store(row_ptr + 4, tl.sum(tl.where(mine, block_offsets[None, :], 0), axis=1), mask=stored)
+    tl.store(row_ptr + 5, tl.sum(tl.where(mine, seq_lens[None, :], 0), axis=1), mask=stored)
+
+
+@dataclass
+class DecodePlan:
+    """Which program of the decode kernels works on what.
+
+    `work` is int32 `[num_items, 8]`: request (-1: no work), index of the item in the request,
+    number of the request's items, number of its blocks, number of blocks of the requests before
+    it, its length, unused. Item `i` of `n` covers blocks `i * blocks // n ... (i + 1) * blocks //
+    n`. `item_offsets` is int32 `[num_reqs + 1]`: a request's items are `item_offsets[r] ...
+    item_offsets[r + 1]`. The buffers keep their addresses when the plan is updated, so that a
+    CUDA graph may hold them.
+    """
+
+    limits: DecodeLimits
+    work: torch.Tensor
+    item_offsets: torch.Tensor
+
+    @classmethod
+    def allocate(cls, limits: DecodeLimits, device: torch.device) -> "DecodePlan":
+        return cls(
+            limits,
+            torch.full(
+                (limits.num_items(limits.num_reqs), 8), -1, dtype=torch.int32, device=device
+            ),
+            torch.zeros(limits.num_reqs + 1, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def num_items(self) -> int:
+        return self.work.shape[0]
+
+    def update(self, seq_lens: torch.Tensor) -> "DecodePlan":
+        """Plans a batch on the device and returns the plan cut to its size.
+
+        Every request is cut into equal runs of blocks, so that all items of the batch are of
+        about one size. Rows of length 0 are padding and get no work.
+
+        Args:
+            seq_lens: int32 `[num_reqs]`, contiguous, within the limits.
+        """
+        limits, tuning = self.limits, self.limits.tuning
+        num_reqs = seq_lens.shape[0]
+        assert num_reqs <= limits.num_reqs
+        num_items = limits.num_items(num_reqs)
+        items = 32
+        _decode_plan_kernel[(triton.cdiv(num_items, items),)](
+            self.work,
+            self.item_offsets,
+            seq_lens,
+            num_reqs,
+            num_items,
+            BLOCK_SIZE=limits.block_size,
+            SLOTS=limits.slots,
+            WAVES=tuning.waves,
+            MIN_BLOCKS=tuning.min_blocks,
+            MAX_BLOCKS=tuning.max_blocks,
+            REQS_PADDED=triton.next_power_of_2(num_reqs),
+            ITEMS=items,
+            num_warps=4,
+        )
+        return replace(
+            self, work=self.work[:num_items], item_offsets=self.item_offsets[: num_reqs + 1]
+        )

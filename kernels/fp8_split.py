@@ -1,0 +1,39 @@
+"""Splits keys into an E4M3 base, an E4M3 residual and a power-of-two exponent per row."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_to_e4m3(x):
+    """Rounds float32 to the E4M3 grid, half to even, and stays in float32; |x| <= 448.
+
+    Adding 1.5 * 2^(e + 20) to a number of exponent e leaves 4 significant bits. Below 2^-6 the
+    E4M3 grid is uniform. The cast that follows is then exact, whoever does it.
+    """
+    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.maximum(exponent, 0x3C800000).to(tl.float32, bitcast=True)  # at least 2^-6
+    magic = power * 1572864.0
+    return (x + magic) - magic
+
+
+@triton.jit
+def split_e4m3(x, RESIDUAL_SCALE: tl.constexpr):
+    """Splits the rows of `x`, float32 `[ROWS, D]`.
+
+    Returns base and residual, float32 on the E4M3 grid `[ROWS, D]`, and the E8M0 exponent,
+    int32 `[ROWS]`, which brings each row's largest element into [2^7, 2^8).
+    """
+    largest = tl.max(tl.abs(x), axis=1)
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 7, 1)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = x * inverse[:, None]
+    base = round_to_e4m3(scaled)
+    residual = round_to_e4m3((scaled - base) * RESIDUAL_SCALE)
+    return base, residual, exponent
+
+
+@triton.jit
+def exponent_to_scale(exponent):
+    """2^(exponent - 127) for E8M0 bytes of at least 1, float32."""
+    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)

@@ -1,0 +1,128 @@
+"""Gathers a batch's cached keys and values into contiguous tensors, for prefill with a prefix."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .fp8_split import exponent_to_scale
+from .page_layout import KVPlanes
+from .paged_rows import load_rows, token_pages
+
+
+@triton.jit
+def _kv_gather_kernel(
+    key_ptr,
+    value_ptr,
+    key_plane_ptr,
+    residual_plane_ptr,
+    exponent_plane_ptr,
+    value_plane_ptr,
+    block_table_ptr,
+    cu_seqlens_ptr,
+    block_table_stride,
+    key_stride_token,
+    key_stride_head,
+    key_plane_stride_page,
+    key_plane_stride_head,
+    residual_plane_stride_page,
+    residual_plane_stride_head,
+    exponent_plane_stride_page,
+    exponent_plane_stride_head,
+    value_plane_stride_page,
+    value_plane_stride_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
+    RESIDUAL_SCALE: tl.constexpr,
+):
+    request = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    first = tl.load(cu_seqlens_ptr + request)
+    seq_len = tl.load(cu_seqlens_ptr + request + 1) - first
+    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    valid = positions < seq_len
+    pages = token_pages(
+        block_table_ptr + request.to(tl.int64) * block_table_stride, positions, valid, PAGE_SIZE
+    )
+    offsets = positions % PAGE_SIZE
+    key = load_rows(
+        key_plane_ptr + head * key_plane_stride_head, pages, offsets, key_plane_stride_page,
+        HEAD_SIZE, columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+    ).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = load_rows(
+            residual_plane_ptr + head * residual_plane_stride_head, pages, offsets,
+            residual_plane_stride_page, HEAD_SIZE, columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+        )
+        key += residual.to(tl.float32) * (1.0 / RESIDUAL_SCALE)
+    if HAS_EXPONENT:
+        exponents = tl.load(
+            exponent_plane_ptr + head * exponent_plane_stride_head
+            + pages * exponent_plane_stride_page + offsets,
+            mask=valid, other=1,
+        )
+        key *= exponent_to_scale(exponents)[:, None]
+    value = load_rows(
+        value_plane_ptr + head * value_plane_stride_head, pages, offsets, value_plane_stride_page,
+        HEAD_SIZE, columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+    )
+    target = (first + positions).to(tl.int64) * key_stride_token + head * key_stride_head
+    mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]
+    target = target[:, None] + columns[None, :]
+    tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=mask)
+    tl.store(value_ptr + target, value, mask=mask)
+
+
+def gather_kv(
+    planes: KVPlanes,
+    block_table: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seq_len: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Writes every request's first tokens from the cache to `key` and `value`, packed.
+
+    Args:
+        planes: the cache; see `PageLayout.split`.
+        block_table: int32 `[num_reqs, max_pages]`.
+        cu_seqlens: int32 `[num_reqs + 1]`, the exclusive sums of the lengths to gather.
+        max_seq_len: an upper bound of those lengths, on the host.
+        key, value: outputs, `[>= cu_seqlens[-1], num_kv_heads, head_size]`, contiguous, of the
+            model's dtype. Keys come back as written; see `write_kv` for the error.
+    """
+    if max_seq_len == 0:
+        return
+    assert key.stride() == value.stride() and key.stride(-1) == 1
+    residual, exponent = planes.key_residual, planes.key_exponent
+    rows = 32
+    grid = (triton.cdiv(max_seq_len, rows), block_table.shape[0], planes.num_kv_heads)
+    _kv_gather_kernel[grid](
+        key,
+        value,
+        planes.key,
+        residual,
+        exponent,
+        planes.value,
+        block_table,
+        cu_seqlens,
+        block_table.stride(0),
+        key.stride(0),
+        key.stride(1),
+        *planes.key.stride()[:2],
+        *(residual.stride()[:2] if residual is not None else (0, 0)),
+        *(exponent.stride()[:2] if exponent is not None else (0, 0)),
+        *planes.value.stride()[:2],
+        PAGE_SIZE=planes.page_size,
+        HEAD_SIZE=planes.head_size,
+        HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
+        ROWS=rows,
+        HAS_RESIDUAL=residual is not None,
+        HAS_EXPONENT=exponent is not None,
+        RESIDUAL_SCALE=planes.residual_scale,
+        num_warps=4,
+    )

@@ -1,0 +1,202 @@
+"""PyTorch oracles of every kernel, which are also the CPU path. They share no code with them."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .page_layout import RESIDUAL_SCALE, KVPlanes
+
+
+@functools.cache
+def _e4m3_values(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What each of the 256 bytes stands for as E4M3."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).to(dtype)
+
+
+def _widen(key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`key.to(dtype)`; for E4M3 through a table, because PyTorch's own way is slow on the CPU."""
+    if key.dtype != torch.float8_e4m3fn:
+        return key.to(dtype)
+    codes = key.view(torch.uint8).flatten().int()
+    return _e4m3_values(dtype, key.device).index_select(0, codes).view(key.shape)
+
+
+def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`2^(exponent - 127)`: the exponents are E8M0."""
+    return exponent.view(torch.float8_e8m0fnu).to(dtype)
+
+
+def split_key_reference(
+    key: torch.Tensor, residual_scale: float = RESIDUAL_SCALE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Base and residual, E4M3 `[..., head_size]`, and exponent, uint8 `[..., 1]`, of `key`."""
+    key = key.float()
+    _, exponent = torch.frexp(key.abs().amax(-1, keepdim=True))  # amax in [2^(e-1), 2^e)
+    exponent = ((exponent - 8).clamp(min=-126) + 127).to(torch.uint8)
+    scaled = key / _power_of_two(exponent, torch.float32)
+    base = scaled.to(torch.float8_e4m3fn)
+    residual = (scaled - _widen(base, torch.float32)) * residual_scale
+    return base, residual.to(torch.float8_e4m3fn), exponent
+
+
+def join_key_reference(
+    base: torch.Tensor,
+    residual: torch.Tensor | None,
+    exponent: torch.Tensor | None,
+    residual_scale: float = RESIDUAL_SCALE,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The key that base, residual and exponent stand for, in `dtype`."""
+    key = _widen(base, dtype)
+    if residual is not None:
+        key = key + _widen(residual, dtype) / residual_scale
+    if exponent is not None:
+        key = key * _power_of_two(exponent, dtype)
+    return key
+
+
+def write_kv_reference(
+    key: torch.Tensor, value: torch.Tensor, planes: KVPlanes, slot_mapping: torch.Tensor
+) -> None:
+    """`write_kv` in PyTorch."""
+    slots = slot_mapping.long()
+    rows = (slots >= 0).nonzero().squeeze(1)
+    slots = slots[rows]
+    page, offset = slots // planes.page_size, slots % planes.page_size
+    key, value = key[rows], value[rows]  # [rows, num_kv_heads, head_size]
+    planes.value[page, :, offset] = value
+    if planes.key_exponent is None:
+        planes.key[page, :, offset] = key
+        return
+    base, residual, exponent = split_key_reference(key, planes.residual_scale)
+    planes.key[page, :, offset] = base
+    planes.key_exponent[page, :, offset] = exponent
+    if planes.key_residual is not None:
+        planes.key_residual[page, :, offset] = residual
+
+
+def _tokens(plane: torch.Tensor | None, pages: torch.Tensor, seq_len: int) -> torch.Tensor | None:
+    """A request's rows of a plane, `[num_kv_heads, seq_len, width]`."""
+    if plane is None:
+        return None
+    return plane[pages.long()].transpose(0, 1).flatten(1, 2)[:, :seq_len]
+
+
+def _rows(plane: torch.Tensor | None, head: int, tokens: torch.Tensor) -> torch.Tensor | None:
+    return None if plane is None else plane[head].index_select(0, tokens)
+
+
+def gather_kv_reference(
+    planes: KVPlanes,
+    block_table_row: torch.Tensor,
+    seq_len: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request's first `seq_len` keys and values, `[seq_len, num_kv_heads, head_size]`."""
+    pages = block_table_row[: -(-seq_len // planes.page_size)]
+    key = join_key_reference(
+        _tokens(planes.key, pages, seq_len),
+        _tokens(planes.key_residual, pages, seq_len),
+        _tokens(planes.key_exponent, pages, seq_len),
+        planes.residual_scale,
+    )
+    value = _tokens(planes.value, pages, seq_len)
+    return key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype)
+
+
+def decode_attention_reference(
+    query: torch.Tensor,
+    planes: KVPlanes,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    delta: torch.Tensor | None,
+    min_context: int = 0,
+    anchor_tokens: int = 16,
+    precomputed_threshold: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`decode_attention` in PyTorch, in `dtype`.
+
+    Returns the output `[num_reqs, num_heads, head_size]` in `dtype` and, for each request, which
+    blocks each KV head kept, bool `[num_kv_heads, num_blocks]`.
+    """
+    num_reqs, num_heads, head_size = query.shape
+    num_kv_heads = planes.num_kv_heads
+    group = num_heads // num_kv_heads
+    scale_log2 = scale * math.log2(math.e)
+    output = torch.zeros(num_reqs, num_heads, head_size, dtype=dtype, device=query.device)
+    kept_blocks = []
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        num_blocks = -(-seq_len // block_size)
+        keep = torch.ones(num_kv_heads, num_blocks, dtype=torch.bool, device=query.device)
+        kept_blocks.append(keep)
+        if seq_len == 0:
+            continue
+        pages = block_table[request, : -(-seq_len // planes.page_size)]
+        base = _tokens(planes.key, pages, seq_len)
+        residual = _tokens(planes.key_residual, pages, seq_len)
+        exponent = _tokens(planes.key_exponent, pages, seq_len)
+        value = _tokens(planes.value, pages, seq_len)
+        rows = query[request].to(dtype).view(num_kv_heads, group, head_size)
+        margin = math.inf if delta is None else float(delta[request % delta.shape[0]])
+        if margin < math.inf and seq_len >= min_context:
+            scores = rows @ _widen(base, dtype).mT * scale_log2
+            if exponent is not None:
+                scores = scores * _power_of_two(exponent, dtype).mT
+            if precomputed_threshold is None:
+                first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]
+                threshold = torch.maximum(first.amax(-1), last.amax(-1)) - margin
+            else:
+                threshold = precomputed_threshold[request].to(dtype).view(num_kv_heads, group)
+            above = (scores >= threshold[..., None]).any(1)  # [num_kv_heads, seq_len]
+            above = F.pad(above, (0, num_blocks * block_size - seq_len))
+            keep[:] = above.view(num_kv_heads, num_blocks, block_size).any(-1)
+            keep[:, -1] = True
+        tokens = keep.repeat_interleave(block_size, dim=1)[:, :seq_len]
+        for head in range(num_kv_heads):
+            chosen = tokens[head].nonzero().squeeze(1)
+            key = join_key_reference(
+                _rows(base, head, chosen),
+                _rows(residual, head, chosen),
+                _rows(exponent, head, chosen),
+                planes.residual_scale,
+                dtype,
+            )
+            weights = torch.softmax(rows[head] @ key.mT * scale, dim=-1)
+            result = weights @ _rows(value, head, chosen).to(dtype)
+            output[request, head * group : (head + 1) * group] = result
+        if counters is not None:
+            counters += torch.tensor([int(keep.sum()), keep.numel()], device=counters.device)
+    return output, kept_blocks
+
+
+def prefill_attention_reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of one request's newest tokens.
+
+    Args:
+        query: `[query_len, num_heads, head_size]`, the last tokens.
+        key, value: `[seq_len, num_kv_heads, head_size]`, all tokens up to the newest.
+    """
+    query_len, seq_len = query.shape[0], key.shape[0]
+    mask = None
+    if query_len < seq_len:
+        columns = torch.arange(seq_len, device=query.device)
+        mask = columns <= columns[-query_len:, None]
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1)

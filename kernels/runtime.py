@@ -1,0 +1,28 @@
+"""What the kernels need to know of where they run."""
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""True under TRITON_INTERPRET=1, where the kernels run on the CPU."""
+
+
+def compute_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which tiles of `dtype` enter `tl.dot`.
+
+    The interpreter holds bfloat16 as integers, so its arithmetic is only right in float32.
+    """
+    return tl.float32 if INTERPRETED else TRITON_DTYPES[dtype]
+
+
+def overlap_supported(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on ends (programmatic dependent
+    launch): from compute capability 9.0 on."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
