@@ -1,0 +1,219 @@
+"""The options of FFA_FP8FP8: a YAML preset, overridden by vLLM's `additional_config`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_ffa_fp8fp8 import envs
+
+ADDITIONAL_CONFIG_KEY = "ffa_fp8fp8"
+DEFAULT_PRESET = "balanced"
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _delta(value: object) -> float:
+    if value is None:
+        return math.inf
+    if (_is_int(value) or isinstance(value, float)) and value >= 0:
+        return float(value)
+    raise ValueError
+
+
+def _block_size(value: object) -> int | None:
+    if value is None or (_is_int(value) and value in BLOCK_SIZES):
+        return value
+    raise ValueError
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    if isinstance(value, list | tuple) and all(_is_int(layer) for layer in value):
+        return tuple(value)
+    raise ValueError
+
+
+def _count(value: object) -> int:
+    if _is_int(value) and value >= 0:
+        return value
+    raise ValueError
+
+
+def _option(default: Any, check: Callable[[object], Any], allowed: str) -> Any:
+    """A field whose `check` returns the value to store or raises ValueError; `allowed` says what
+    it accepts, for the user."""
+    return dataclasses.field(default=default, metadata={"check": check, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class FFAConfig:
+    """Options of the backend, the same in every process. Construction raises ValueError, which
+    names key, value and the allowed values."""
+
+    delta: float = _option(
+        10.0, _delta, "a number >= 0 (log2 units), or null (.inf in YAML) for no pruning"
+    )
+    """How far below the threshold a block's best score may lie, in log2 units, and be kept."""
+
+    block_size: int | None = _option(
+        None, _block_size, "one of 16, 32, 64, 128, or null for the kernel's page size"
+    )
+    """Tokens that are kept or skipped together."""
+
+    use_fp8_residual: bool = _option(True, _flag, "true or false")
+    """Kept blocks are scored with base + residual; without it with the base alone."""
+
+    precomputed_threshold: bool = _option(False, _flag, "true or false")
+    """One kernel finds the threshold of a (request, KV head), instead of every split by itself."""
+
+    dense_layers: tuple[int, ...] = _option((), _layers, "a list of layer indices")
+    """Layers that run unpruned; negative indices count from the end."""
+
+    min_context: int = _option(0, _count, "an integer >= 0 (tokens)")
+    """Requests with fewer tokens run unpruned."""
+
+    record_skip_ratio: bool = _option(False, _flag, "true or false")
+    """Count kept and total blocks on the device."""
+
+    def __post_init__(self):
+        for name, value in _checked(vars(self), "FFAConfig").items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any block can be skipped at all."""
+        return math.isfinite(self.delta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option as plain JSON data, from which `load` rebuilds an equal object."""
+        options = dataclasses.asdict(self)
+        options["delta"] = self.delta if self.prunes else None
+        options["dense_layers"] = list(self.dense_layers)
+        return options
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: Any) -> "FFAConfig":
+        """The options for `vllm_config`'s model: `additional_config["ffa_fp8fp8"]` over a preset.
+        Raises ValueError as `load` does."""
+        model_config = vllm_config.model_config
+        num_layers = model_config.get_total_num_hidden_layers() if model_config else None
+        additional_config = vllm_config.additional_config
+        if not isinstance(additional_config, Mapping):
+            additional_config = {}
+        overrides = additional_config.get(ADDITIONAL_CONFIG_KEY)
+        return cls.load(overrides=overrides, num_layers=num_layers)
+
+    @classmethod
+    def load(
+        cls,
+        preset: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        num_layers: int | None = None,
+    ) -> "FFAConfig":
+        """Options of a preset with `overrides` on top.
+
+        `preset` (a preset's name or the path of a YAML file) is, in this order: the key "preset"
+        of `overrides`, the argument, the variable FFA_FP8FP8_CONFIG, "balanced". Complete
+        overrides without that key need no preset, and read none. With `num_layers`,
+        `dense_layers` comes back sorted and non-negative.
+
+        Raises ValueError for an unknown preset, an unreadable file, an unknown key, a wrong type
+        or value.
+        """
+        source = f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
+        if not isinstance(overrides, Mapping | None):
+            raise ValueError(
+                f"{source} is {overrides!r} ({type(overrides).__name__}); "
+                "it must be a mapping of options, such as {'delta': 10.0}"
+            )
+        overrides = dict(overrides or {})
+        preset = overrides.pop("preset", None) or preset
+        options = _checked(overrides, source)
+        if preset or len(options) < len(fields(cls)):
+            options = read_preset(preset or envs.config() or DEFAULT_PRESET) | options
+        config = cls(**options)
+        if num_layers is None:
+            return config
+        return dataclasses.replace(config, dense_layers=_absolute(config.dense_layers, num_layers))
+
+
+def preset_names() -> list[str]:
+    """The names of the shipped presets, sorted."""
+    files = resources.files("vllm_ffa_fp8fp8.configs").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """The validated options of a shipped preset or of the YAML file at that path; ValueError if
+    there is none, or if it holds anything but options."""
+    if preset in preset_names():
+        file = resources.files("vllm_ffa_fp8fp8.configs") / f"{preset}.yaml"
+    else:
+        file = Path(str(preset)).expanduser()
+        if file.suffix not in (".yaml", ".yml"):
+            raise ValueError(
+                f"Unknown FFA_FP8FP8 preset {preset!r}{_did_you_mean(preset, preset_names())}; "
+                f"allowed are {', '.join(preset_names())}, or the path of a .yaml file"
+            )
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"FFA_FP8FP8 cannot read its options from {preset!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"FFA_FP8FP8 options file {preset!r} holds {options!r}; "
+            "it must be a mapping of options, such as 'delta: 10.0'"
+        )
+    return _checked(options, f"preset {preset!r}")
+
+
+def _checked(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`options` with every value in its stored form; ValueError names the first bad one and the
+    `source` it came from."""
+    known = {field.name: field for field in fields(FFAConfig)}
+    checked = {}
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"Unknown option {name!r} = {value!r} in {source}{_did_you_mean(name, known)}; "
+                f"allowed are {', '.join(known)}"
+            )
+        metadata = known[name].metadata
+        try:
+            checked[name] = metadata["check"](value)
+        except ValueError:
+            raise ValueError(
+                f"Option {name!r} = {value!r} ({type(value).__name__}) in {source} is not valid; "
+                f"allowed: {metadata['allowed']}"
+            ) from None
+    return checked
+
+
+def _did_you_mean(name: object, known: Any) -> str:
+    matches = get_close_matches(str(name), known, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _absolute(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(
+                f"Option 'dense_layers' = {list(layers)}: the model has no layer {layer}; "
+                f"allowed are {-num_layers} to {num_layers - 1}"
+            )
+    return tuple(sorted({layer % num_layers for layer in layers}))

@@ -1,0 +1,157 @@
+"""Every change that this plugin makes to vLLM, one function each. All are idempotent, and leave
+vLLM's behaviour alone wherever FFA_FP8FP8 is not the backend."""
+
+import copyreg
+import functools
+from contextlib import contextmanager
+
+from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8.plugin import BACKEND_NAME, register_backend
+
+
+def apply() -> None:
+    """Applies every patch; called in each process that loads general plugins."""
+    make_backend_picklable()
+    choose_and_check_backend()
+    offer_backend_on_cpu()
+
+
+def make_backend_picklable() -> None:
+    """Pickles our member of AttentionBackendEnum by name, through a function that registers it.
+
+    Symptom without it: under spawn, `ValueError: '...FFAFP8FP8Backend' is not a valid
+    AttentionBackendEnum` in the engine or worker process, which unpickles VllmConfig before it
+    loads plugins. Can go when vLLM loads plugins first, or pickles registered backends by name.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    previous = copyreg.dispatch_table.get(AttentionBackendEnum)
+    if getattr(previous, "by_ffa_fp8fp8", False):
+        return
+
+    def reduce_backend(member):
+        if member.name == BACKEND_NAME:
+            return register_backend, ()
+        # Another plugin's reducer, or else Enum's own way.
+        return previous(member) if previous else (type(member), (member.value,))
+
+    reduce_backend.by_ffa_fp8fp8 = True
+    copyreg.pickle(AttentionBackendEnum, reduce_backend)
+
+
+def choose_and_check_backend() -> None:
+    """Wraps EngineArgs.create_engine_config, the one way from a user's arguments to a VllmConfig
+    (`LLM`, `vllm serve`): VLLM_ATTENTION_BACKEND=FFA_FP8FP8 chooses the backend, and where it is
+    chosen, platform and options are checked and logged, and the options frozen for all workers.
+
+    Symptom without it: vLLM warns that VLLM_ATTENTION_BACKEND is unknown and ignores it; a bad
+    option fails in a worker process, after minutes of loading. Can go, in part, when vLLM lets
+    plugins validate `additional_config`; the variable was dropped for good in vLLM 0.32.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if getattr(original, "by_ffa_fp8fp8", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self, *args, **kwargs):
+        with _chosen_by_environment(self):
+            vllm_config = original(self, *args, **kwargs)
+        if _is_chosen(vllm_config.attention_config):
+            _check_and_freeze_options(vllm_config)
+        return vllm_config
+
+    create_engine_config.by_ffa_fp8fp8 = True
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def offer_backend_on_cpu() -> None:
+    """Wraps the CPU platform's get_attn_backend_cls: for our name it validates the configuration
+    and answers our class, as the CUDA platform does for every backend that the user names.
+
+    Symptom without it: "Cannot use AttentionBackendEnum.FFA_FP8FP8 backend on CPU.", and CPU_ATTN
+    runs. Can go when vLLM's CPU platform honours registered backends.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    platform_class = type(current_platform)
+    original = platform_class.get_attn_backend_cls.__func__
+    if getattr(original, "by_ffa_fp8fp8", False):
+        return
+    # Below "vllm." the record gets vLLM's handler and format.
+    logger = init_logger(f"vllm.{__name__}")
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
+        if not _is_ours(selected_backend):
+            return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        invalid_reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if invalid_reasons:
+            raise ValueError(
+                f"Selected backend {selected_backend} is not valid for this configuration. "
+                f"Reason: {invalid_reasons}"
+            )
+        logger.info("Using %s backend.", selected_backend)
+        return selected_backend.get_path()
+
+    get_attn_backend_cls.by_ffa_fp8fp8 = True
+    platform_class.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+@contextmanager
+def _chosen_by_environment(engine_args):
+    """While VLLM_ATTENTION_BACKEND names us: vLLM knows the variable, and `engine_args` asks for
+    our backend unless it asks for one already. Everything is as before afterwards."""
+    import vllm.envs
+
+    name = envs.attention_backend()
+    if name is None or name.upper() != BACKEND_NAME:
+        yield
+        return
+    given = engine_args.attention_backend
+    if given is None and engine_args.attention_config.backend is None:
+        engine_args.attention_backend = register_backend()
+    known_variables = vllm.envs.environment_variables
+    is_known = envs.ATTENTION_BACKEND_VARIABLE in known_variables
+    known_variables.setdefault(envs.ATTENTION_BACKEND_VARIABLE, envs.attention_backend)
+    try:
+        yield
+    finally:
+        engine_args.attention_backend = given
+        if not is_known:
+            del known_variables[envs.ATTENTION_BACKEND_VARIABLE]
+
+
+def _is_chosen(attention_config) -> bool:
+    backends = (attention_config.backend, *attention_config.backend_per_kind.values())
+    return any(map(_is_ours, backends))
+
+
+def _is_ours(backend) -> bool:
+    return getattr(backend, "name", None) == BACKEND_NAME
+
+
+def _check_and_freeze_options(vllm_config) -> None:
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
+    from vllm_ffa_fp8fp8.refusals import check_platform
+
+    check_platform(current_platform)
+    options = FFAConfig.from_vllm_config(vllm_config)
+    # Workers read these, not their own environment or files, which may differ on another node.
+    given = vllm_config.additional_config
+    if isinstance(given, dict):
+        vllm_config.additional_config = {**given, ADDITIONAL_CONFIG_KEY: options.to_dict()}
+    init_logger(f"vllm.{__name__}").info(
+        "%s options: %s",
+        BACKEND_NAME,
+        ", ".join(f"{name}={value}" for name, value in vars(options).items()),
+    )

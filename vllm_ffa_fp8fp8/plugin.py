@@ -1,0 +1,40 @@
+"""The entry points by which vLLM loads this plugin. Imports nothing heavy: every vLLM process on a
+machine with the plugin installed runs this, whether the backend is chosen or not."""
+
+BACKEND_NAME = "FFA_FP8FP8"
+BACKEND_PATH = "vllm_ffa_fp8fp8.backend.FFAFP8FP8Backend"
+
+
+def register_early() -> None:
+    """Entry point of `vllm.platform_plugins`: names the backend before any configuration is built.
+
+    General plugins load too late for `LLM(attention_config={"backend": "FFA_FP8FP8"})`. Returns
+    None: this is no platform.
+    """
+    from vllm_ffa_fp8fp8 import compat, patches
+
+    if not compat.unsupported_vllm():
+        register_backend()
+        patches.make_backend_picklable()
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: everything that vLLM needs to offer the backend."""
+    from vllm.logger import init_logger
+
+    from vllm_ffa_fp8fp8 import compat, patches
+
+    if problem := compat.unsupported_vllm():
+        init_logger(f"vllm.{__name__}").warning_once(problem)
+        return
+    register_backend()
+    patches.apply()
+
+
+def register_backend():
+    """Adds FFA_FP8FP8 to vLLM's registry, unless it is there, and returns its member."""
+    from vllm.v1.attention.backends import registry
+
+    if BACKEND_NAME not in registry.AttentionBackendEnum.__members__:
+        registry.register_backend(BACKEND_NAME, BACKEND_PATH)
+    return registry.AttentionBackendEnum[BACKEND_NAME]
