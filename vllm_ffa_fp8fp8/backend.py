@@ -1,0 +1,100 @@
+"""The backend's face towards vLLM: names, capabilities, and the shape of its KV cache."""
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_ffa_fp8fp8.config import FFAConfig
+from vllm_ffa_fp8fp8.kernels.page_layout import PageLayout
+from vllm_ffa_fp8fp8.plugin import BACKEND_NAME
+from vllm_ffa_fp8fp8.refusals import HEAD_SIZES, check_kv_cache_spec, refusal_reasons
+
+PREFERRED_PAGE_SIZE = 64
+
+
+def fp8_available() -> bool:
+    """Whether the device has E4M3 conversions: compute capability 8.9, or PyTorch on the CPU."""
+    return not current_platform.is_cuda() or current_platform.has_device_capability(89)
+
+
+def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLayout:
+    """The page on this platform: FP8 base + residual, or 16-bit keys where FP8 is missing."""
+    fp8 = fp8_available()
+    return PageLayout(head_size, dtype, fp8_key=fp8, residual=fp8 and config.use_fp8_residual)
+
+
+def pruning_block_size(page_size: int, config: FFAConfig) -> int:
+    """Tokens that are kept or skipped together: the option, else the page as far as it goes."""
+    return config.block_size or math.gcd(page_size, 128)
+
+
+class FFAFP8FP8Backend(AttentionBackend):
+    """Attention over a paged cache of FP8 base + FP8 residual keys, with block-skipping decode."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+
+    config: ClassVar[FFAConfig | None] = None
+    """The options of the engine in this process; set where its layers are made, because vLLM asks
+    for the cache spec outside of `set_current_vllm_config`."""
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls():
+        from vllm_ffa_fp8fp8.impl import FFAFP8FP8Impl
+
+        return FFAFP8FP8Impl
+
+    @staticmethod
+    def get_builder_cls():
+        from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
+
+        return FFAFP8FP8MetadataBuilder
+
+    @classmethod
+    def validate_configuration(cls, **configuration) -> list[str]:
+        return refusal_reasons(**configuration)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(default_block_size, PREFERRED_PAGE_SIZE)
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # both keep the bytes of one (block, head) together, which the planes are cut from
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        check_kv_cache_spec(spec)
+        if spec.state_content_bytes is not None:
+            return spec
+        assert cls.config is not None
+        layout = page_layout(spec.head_size, spec.dtype, cls.config)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=layout.bytes_per_token)
+
+    @classmethod
+    def set_config(cls) -> FFAConfig:
+        """Reads the options of the engine being built and keeps them for `customize_spec`."""
+        vllm_config = get_current_vllm_config_or_none()
+        assert vllm_config is not None
+        cls.config = FFAConfig.from_vllm_config(vllm_config)
+        return cls.config

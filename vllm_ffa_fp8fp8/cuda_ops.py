@@ -1,0 +1,124 @@
+"""The layer's work on CUDA: Triton kernels for cache and decode, FlashAttention for prefill."""
+
+import torch
+from vllm.v1.worker.workspace import current_workspace_manager
+
+from vllm_ffa_fp8fp8.backend import pruning_block_size
+from vllm_ffa_fp8fp8.compat import load_flash_attention
+from vllm_ffa_fp8fp8.kernels.decode_attention import decode_attention
+from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, DecodeScratch
+from vllm_ffa_fp8fp8.kernels.kv_gather import gather_kv
+from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
+from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata, PrefillBatch
+
+
+class CudaOps:
+    """Scratch comes from vLLM's workspace, which all layers share."""
+
+    def __init__(self, impl, vllm_config):
+        self.impl = impl
+        self.vllm_config = vllm_config
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.dtype = vllm_config.model_config.dtype
+        self.flash_attention = load_flash_attention(impl.head_size)
+
+    def decode_limits(self, block_size: int) -> DecodeLimits:
+        impl, device = self.impl, torch.cuda.current_device()
+        return DecodeLimits(
+            num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
+            seq_len=self.max_model_len,
+            num_heads=impl.num_heads,
+            num_kv_heads=impl.num_kv_heads,
+            head_size=impl.head_size,
+            block_size=block_size,
+            num_processors=torch.cuda.get_device_properties(device).multi_processor_count,
+        )
+
+    def make_plan(self, block_size: int) -> DecodePlan:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return DecodePlan.allocate(self.decode_limits(block_size), device)
+
+    def reserve_scratch(self) -> None:
+        """Grows the workspace to what any step can need, before vLLM measures and locks it."""
+        page_size = self.vllm_config.cache_config.block_size
+        self._scratch(self.decode_limits(pruning_block_size(page_size, self.impl.config)))
+        self._context(self.max_model_len)
+
+    def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
+        write_kv(key, value, planes, slot_mapping)
+
+    def decode(
+        self,
+        query: torch.Tensor,  # [num_decodes, num_heads, head_size]
+        planes: KVPlanes,
+        metadata: FFAFP8FP8Metadata,
+        delta: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        decode_attention(
+            query,
+            planes,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.plan,
+            self._scratch(metadata.plan.limits),
+            output,
+            scale=self.impl.scale,
+            delta=delta,
+            min_context=self.impl.config.min_context,
+            precomputed_threshold=self.impl.config.precomputed_threshold,
+            counters=self.impl.counters,
+        )
+
+    def prefill(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,
+        planes: KVPlanes,
+        prefill: PrefillBatch,
+        output: torch.Tensor,
+    ) -> None:
+        """FlashAttention on the new keys, or, if any request has cached ones, on all of them
+        gathered from the cache, as many requests at a time as the workspace holds."""
+        starts, query_lens = prefill.query_start_loc_host, prefill.query_lens_host
+        if not prefill.has_context:
+            self.flash_attention(
+                query, key, value, prefill.query_start_loc, prefill.query_start_loc,
+                max(query_lens), max(query_lens), self.impl.scale, output,
+            )  # fmt: skip
+            return
+        for first, end in context_chunks(prefill.seq_lens_host, self.max_model_len):
+            tokens = slice(starts[first], starts[end])
+            seq_lens = prefill.seq_lens_host[first:end]
+            cu_query_lens = prefill.query_start_loc[first : end + 1] - starts[first]
+            cu_seq_lens = prefill.cu_seq_lens[first : end + 1] - prefill.cu_seq_lens[first]
+            key, value = self._context(sum(seq_lens))
+            block_table = prefill.block_table[first:end]
+            gather_kv(planes, block_table, cu_seq_lens, max(seq_lens), key, value)
+            self.flash_attention(
+                query[tokens], key, value, cu_query_lens, cu_seq_lens,
+                max(query_lens[first:end]), max(seq_lens), self.impl.scale, output[tokens],
+            )  # fmt: skip
+
+    def _scratch(self, limits: DecodeLimits) -> DecodeScratch:
+        return DecodeScratch(*current_workspace_manager().get_simultaneous(*limits.scratch_shapes))
+
+    def _context(self, num_tokens: int) -> list[torch.Tensor]:
+        shape = (num_tokens, self.impl.num_kv_heads, self.impl.head_size)
+        return current_workspace_manager().get_simultaneous(
+            (shape, self.dtype), (shape, self.dtype)
+        )
+
+
+def context_chunks(seq_lens: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Cuts requests into runs `(first, end)` whose lengths add up to at most `capacity` tokens;
+    every request alone fits."""
+    chunks, first, total = [], 0, 0
+    for index, seq_len in enumerate(seq_lens):
+        if total + seq_len > capacity and index > first:
+            chunks.append((first, index))
+            first, total = index, 0
+        total += seq_len
+    return [*chunks, (first, len(seq_lens))]

@@ -1,0 +1,111 @@
+"""One attention layer: writes the cache, then attends for decodes and for prefills."""
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_ffa_fp8fp8.backend import FFAFP8FP8Backend, page_layout
+from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata
+from vllm_ffa_fp8fp8.refusals import check_impl_arguments
+
+
+class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
+    """The same on every platform; `self.ops` does the work with Triton and FlashAttention, or
+    with PyTorch on the CPU."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra_impl_args,
+    ) -> None:
+        check_impl_arguments(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            **extra_impl_args,
+        )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = None
+        self.config = FFAFP8FP8Backend.set_config()
+        vllm_config = get_current_vllm_config()
+        self.layout = page_layout(head_size, vllm_config.model_config.dtype, self.config)
+        if current_platform.is_cuda():
+            from vllm_ffa_fp8fp8.cuda_ops import CudaOps as Ops
+        else:
+            from vllm_ffa_fp8fp8.cpu_ops import CpuOps as Ops
+        self.ops = Ops(self, vllm_config)
+        self.is_dense: bool | None = None
+        self.counters: torch.Tensor | None = None  # int64 [2]: kept and all blocks
+        self._planes: KVPlanes | None = None
+        self._planes_key: tuple[int, torch.Size] | None = None
+
+    def planes(self, kv_cache: torch.Tensor) -> KVPlanes:
+        """The planes of `kv_cache`, uint8 `[num_blocks, num_kv_heads, page_size, bytes]`."""
+        key = (kv_cache.data_ptr(), kv_cache.shape)
+        if self._planes_key != key:
+            self._planes, self._planes_key = self.layout.split(kv_cache), key
+        return self._planes
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,  # int64 [<= num_tokens], -1 for padding
+    ) -> None:
+        self.ops.write(key, value, self.planes(kv_cache), slot_mapping)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        kv_cache: torch.Tensor,
+        attn_metadata: FFAFP8FP8Metadata | None,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.is_dense is None:
+            self._bind(layer, query.device)
+        if attn_metadata is None:  # the profiling run
+            self.ops.reserve_scratch()
+            return output.fill_(0)
+        planes = self.planes(kv_cache)
+        num_decodes, num_tokens = attn_metadata.num_decodes, attn_metadata.num_actual_tokens
+        if num_decodes:
+            delta = None if self.is_dense else attn_metadata.delta
+            self.ops.decode(query[:num_decodes], planes, attn_metadata, delta, output[:num_decodes])
+        if attn_metadata.prefill is not None:
+            new = slice(num_decodes, num_tokens)
+            self.ops.prefill(
+                query[new], key[new], value[new], planes, attn_metadata.prefill, output[new]
+            )
+        return output
+
+    def _bind(self, layer: torch.nn.Module, device: torch.device) -> None:
+        self.is_dense = extract_layer_index(layer.layer_name) in self.config.dense_layers
+        if self.config.record_skip_ratio:
+            self.counters = torch.zeros(2, dtype=torch.int64, device=device)
