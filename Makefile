@@ -1,0 +1,44 @@
+# make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode. PYTHON=... picks the interpreter, PORT=... the port.
+VENV ?= .venv
+PORT ?= 8000
+MODEL = tests/assets/recall-9m
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+# Set-up leaves compiling to the first import, which is slow at every import where this variable forbids to keep it.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: setup demo test serve doctor lint gpu-test bench-decode clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml scripts/setup.sh scripts/prepare_cpu.py
+	@scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/ffa-fp8fp8 demo $(ARGS)
+
+doctor: $(READY)
+	@$(BIN)/ffa-fp8fp8 doctor
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+gpu-test: $(READY)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+serve: $(READY)
+	@BIN=$(BIN) PORT=$(PORT) scripts/serve.sh $(MODEL)
+
+bench-decode: $(READY)
+	@$(BIN)/python -m vllm_ffa_fp8fp8.bench_decode $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Serves a model folder with FFA_FP8FP8: serve.sh FOLDER. BACKEND= (empty) serves it with vLLM's default instead.
+set -euo pipefail
+model=$1
+name=$(basename "$model")
+port=${PORT:-8000}
+bin=${BIN:-.venv/bin}
+backend=${BACKEND-FFA_FP8FP8}
+
+if [ -n "$backend" ]; then export VLLM_ATTENTION_BACKEND=$backend; fi
+options=()
+# Compiling for the CPU takes longer than it saves on a model this small.
+if ! nvidia-smi >/dev/null 2>&1; then options+=(--enforce-eager); fi
+
+cat <<END
+Serving $name on port $port with ${backend:-the default backend}. Once it says "Application startup complete", try:
+
+curl http://localhost:$port/v1/completions -H 'Content-Type: application/json' -d '{"model": "$name",
+  "prompt": "# note: the code of tamiro is 48213.\\nimport os\\n# note: the code of besula is 90577.\\nimport sys\\n\\n# recall: the code of tamiro is",
+  "temperature": 0, "max_tokens": 8}'
+
+END
+exec "$bin/vllm" serve "$model" --served-model-name "$name" --port "$port" "${options[@]}" ${ARGS:-}

