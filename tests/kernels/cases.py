@@ -1,0 +1,220 @@
+"""Decode batches in a paged cache, built on the CPU, where the oracles run."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from vllm_ffa_fp8fp8.kernels import (
+    DecodeLimits,
+    DecodePlan,
+    DecodeScratch,
+    KVPlanes,
+    PageLayout,
+    decode_attention,
+)
+from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
+
+POISON = 0xFF  # NaN in E4M3, float16 and bfloat16, infinity as an exponent
+ANCHOR_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of a batch. `interleaved` puts the layers of the cache inside its pages."""
+
+    lengths: tuple[int, ...] = (130, 1, 300, 63)
+    head_size: int = 64
+    group: int = 4
+    num_kv_heads: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    page_size: int = 64
+    block_size: int = 64
+    fp8_key: bool = True
+    residual: bool = True
+    interleaved: bool = False
+    key_scale: float = 1.0
+    seed: int = 0
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(self.head_size, self.dtype, self.fp8_key, self.residual)
+
+    @property
+    def scale(self) -> float:
+        return self.head_size**-0.5
+
+    def limits(self, num_processors: int = 2) -> DecodeLimits:
+        return DecodeLimits(
+            len(self.lengths),
+            max(1, *self.lengths),
+            self.num_kv_heads * self.group,
+            self.num_kv_heads,
+            self.head_size,
+            self.block_size,
+            num_processors,
+        )
+
+
+@dataclass
+class Batch:
+    """A batch whose tokens lie in shuffled pages of layer 1 of three; the rest is poison."""
+
+    case: Case
+    qkv: torch.Tensor  # [num_reqs, (num_heads + 2 * num_kv_heads) * head_size]
+    key: torch.Tensor  # [num_tokens, num_kv_heads, head_size]
+    value: torch.Tensor
+    storage: torch.Tensor
+    block_table: torch.Tensor  # entries beyond a request's pages name a page of poison
+    seq_lens: torch.Tensor
+
+    def query(self, device: str = "cpu") -> torch.Tensor:
+        """`[num_reqs, num_heads, head_size]`, a slice of the packed projections."""
+        case = self.case
+        width = case.num_kv_heads * case.group * case.head_size
+        return self.qkv.to(device)[:, :width].unflatten(1, (-1, case.head_size))
+
+    def planes(self, device: str = "cpu") -> KVPlanes:
+        return self.case.layout.split(own_layer(self.storage.to(device), self.case.interleaved))
+
+    def write(self) -> None:
+        """Puts `key` and `value` into the cache."""
+        write_kv_reference(self.key, self.value, self.planes(), self.slots())
+
+    def slots(self) -> torch.Tensor:
+        """Slots of all tokens, request after request."""
+        size, slots = self.case.page_size, [torch.zeros(0, dtype=torch.int64)]
+        for pages, length in zip(self.block_table.long(), self.case.lengths, strict=True):
+            tokens = torch.arange(length)
+            slots.append(pages[tokens // size] * size + tokens % size)
+        return torch.cat(slots)
+
+
+def own_layer(storage: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    return storage[:, 1] if interleaved else storage[1]
+
+
+def shuffled_pages(lengths, page_size: int, generator) -> tuple[torch.Tensor, int]:
+    """A block table of distinct pages in random order, and the number of pages."""
+    counts = [-(-length // page_size) for length in lengths]
+    num_pages = sum(counts) + 3
+    order = torch.randperm(num_pages, generator=generator).to(torch.int32)
+    table = torch.full((len(lengths), max(counts) + 2), int(order[-1]), dtype=torch.int32)
+    for row, pages in zip(table, order[: sum(counts)].split(counts), strict=True):
+        row[: len(pages)] = pages
+    return table, num_pages
+
+
+def empty_cache(case: Case, num_pages: int) -> torch.Tensor:
+    page = (case.num_kv_heads, case.page_size, case.layout.bytes_per_token)
+    shape = (num_pages, 3, *page) if case.interleaved else (3, num_pages, *page)
+    return torch.full(shape, POISON, dtype=torch.uint8)
+
+
+def make_batch(case: Case) -> Batch:
+    """Random keys; the heads of a group look in like directions, and first tokens score high."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    num_reqs, size = len(case.lengths), case.head_size
+    shared = normal(num_reqs, case.num_kv_heads, 1, size)
+    query = shared + 0.5 * normal(num_reqs, case.num_kv_heads, case.group, size)
+    qkv = torch.cat([query.flatten(1), normal(num_reqs, 2 * case.num_kv_heads * size)], dim=1)
+    num_tokens = sum(case.lengths)
+    key = case.key_scale * normal(num_tokens, case.num_kv_heads, size)
+    first = 0
+    for request, length in enumerate(case.lengths):
+        if length:
+            key[first] = shared[request, :, 0] * (case.key_scale * 3 * size**-0.5)
+        first += length
+    block_table, num_pages = shuffled_pages(case.lengths, case.page_size, generator)
+    batch = Batch(
+        case,
+        qkv.to(case.dtype),
+        key.to(case.dtype),
+        normal(num_tokens, case.num_kv_heads, size).to(case.dtype),
+        empty_cache(case, num_pages),
+        block_table,
+        torch.tensor(case.lengths, dtype=torch.int32),
+    )
+    batch.write()
+    return batch
+
+
+@dataclass
+class Decoded:
+    output: torch.Tensor
+    kept: list[torch.Tensor]  # per request bool [num_kv_heads, num_blocks]; all if not pruned
+    counters: list[int]
+
+
+def poisoned_scratch(limits: DecodeLimits, device: str) -> DecodeScratch:
+    scratch = DecodeScratch.allocate(limits, torch.device(device))
+    for field in fields(scratch):
+        tensor = getattr(scratch, field.name)
+        tensor.fill_(math.nan if tensor.is_floating_point() else -7)
+    return scratch
+
+
+def logical_blocks(entries: torch.Tensor, pages: torch.Tensor, case: Case) -> torch.Tensor:
+    """Blocks of a request from the scan's entries, which name places in the cache if they can."""
+    if case.page_size % case.block_size:
+        return entries
+    per_page = case.page_size // case.block_size
+    ordinal = (pages[None, :] == (entries // per_page)[:, None]).int().argmax(1)
+    return ordinal * per_page + entries % per_page
+
+
+def read_kept(batch: Batch, plan: DecodePlan, scratch: DecodeScratch) -> dict[int, torch.Tensor]:
+    """Which blocks the scan listed, by request, bool `[num_kv_heads, num_blocks]`."""
+    kept = {}
+    for item, row in enumerate(plan.work.tolist()):
+        request, index, num_items, num_blocks, before = row[:5]
+        if request < 0:
+            continue
+        counts = scratch.kept_counts[item].tolist()
+        flags = kept.setdefault(request, torch.zeros(len(counts), num_blocks, dtype=torch.bool))
+        begin = before + index * num_blocks // num_items
+        for head, count in enumerate(counts):
+            entries = scratch.kept_by_item[head, begin : begin + count].long().cpu()
+            blocks = logical_blocks(entries, batch.block_table[request], batch.case)
+            assert not flags[head, blocks].any()
+            flags[head, blocks] = True
+    return kept
+
+
+def run_decode(
+    batch: Batch, device: str, delta: torch.Tensor | None, limits=None, **options
+) -> Decoded:
+    """Runs the kernels on the batch; what they may not rely on is poison."""
+    case = batch.case
+    limits = limits or case.limits(132 if device == "cuda" else 2)
+    seq_lens = batch.seq_lens.to(device)
+    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
+    scratch = poisoned_scratch(limits, device)
+    query = batch.query(device)
+    dtype = query.dtype if device == "cuda" else torch.float32  # interpreted casts truncate
+    output = torch.full(query.shape, math.nan, dtype=dtype, device=device)
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    decode_attention(
+        query,
+        batch.planes(device),
+        batch.block_table.to(device),
+        seq_lens,
+        plan,
+        scratch,
+        output,
+        scale=case.scale,
+        delta=None if delta is None else delta.to(device),
+        counters=counters,
+        **options,
+    )
+    kept = {} if delta is None else read_kept(batch, plan, scratch)
+    everything = [
+        torch.ones(case.num_kv_heads, -(-n // case.block_size), dtype=torch.bool)
+        for n in case.lengths
+    ]
+    blocks = [kept.get(request, all_of_it) for request, all_of_it in enumerate(everything)]
+    return Decoded(output.to("cpu", case.dtype), blocks, counters.tolist())

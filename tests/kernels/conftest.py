@@ -1,0 +1,12 @@
+"""Every test that takes `device` runs interpreted on the CPU and, marked `gpu`, compiled."""
+
+import pytest
+
+from vllm_ffa_fp8fp8.kernels.runtime import INTERPRETED
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if (request.param == "cpu") != INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 runs kernels on the CPU, TRITON_INTERPRET=0 on the GPU")
+    return request.param

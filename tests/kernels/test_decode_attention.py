@@ -1,0 +1,203 @@
+"""Pruned decode attention against the float64 oracle, over shapes and layouts."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from cases import Case, make_batch, run_decode
+from truth import (
+    assert_kept,
+    assert_within_budget,
+    block_excess,
+    choose_delta,
+    plain_attention,
+    reference,
+)
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+
+
+def check(batch, device: str, delta, **options):
+    """Output, kept blocks and counters against the oracle; returns what was decoded."""
+    decoded = run_decode(batch, device, delta, **options)
+    exact, kept = reference(batch, delta, min_context=options.get("min_context", 0))
+    for ours, theirs in zip(decoded.kept, kept, strict=True):
+        assert torch.equal(ours, theirs)
+    assert decoded.counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
+    assert_within_budget(decoded.output, exact, plain_attention(batch, kept))
+    return decoded
+
+
+def longer(case: Case, device: str) -> Case:
+    """The case with long requests where they are quick."""
+    if device == "cpu":
+        return case
+    return dataclasses.replace(case, lengths=(*case.lengths, 4097, 1777))
+
+
+@pytest.mark.parametrize(
+    "head_size, group, num_kv_heads, dtype, page_size, block_size, lengths",
+    [
+        (64, 4, 2, BFLOAT, 64, 64, (300, 1, 63, 449)),
+        (64, 1, 2, HALF, 16, 16, (111, 17, 130)),
+        (64, 7, 1, BFLOAT, 80, 64, (161, 500)),
+        (64, 16, 1, BFLOAT, 128, 32, (129, 300)),
+        (80, 3, 2, BFLOAT, 48, 16, (49, 130)),
+        (80, 16, 1, HALF, 64, 128, (65, 700)),
+        (96, 7, 1, HALF, 32, 64, (33, 111, 400)),
+        (96, 8, 2, BFLOAT, 48, 32, (63, 200)),
+        (128, 8, 1, BFLOAT, 128, 128, (129, 700)),
+        (128, 4, 2, BFLOAT, 64, 16, (63, 150)),
+        (128, 3, 1, HALF, 32, 32, (33, 300)),
+        (256, 16, 1, HALF, 80, 32, (81, 200)),
+        (256, 1, 1, BFLOAT, 16, 128, (17, 700)),
+        (256, 3, 1, BFLOAT, 48, 64, (111, 300)),
+    ],
+)
+def test_shapes(device, head_size, group, num_kv_heads, dtype, page_size, block_size, lengths):
+    case = Case(lengths, head_size, group, num_kv_heads, dtype, page_size, block_size)
+    batch = make_batch(longer(case, device))
+    delta = choose_delta(batch)
+    decoded = check(batch, device, delta)
+    kept, total = decoded.counters
+    assert 0 < kept < total
+    assert_kept(batch, decoded.kept, delta)
+    dense, everything = reference(batch, None)
+    with pytest.raises(AssertionError):
+        assert_within_budget(decoded.output, dense, plain_attention(batch, everything))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
+def test_the_budget_rejects_wrong_outputs(dtype):
+    """Without a kernel: each wrong output comes from the oracle itself."""
+    batch = make_batch(Case((400, 400), dtype=dtype, block_size=16, key_scale=2.0))
+    delta = choose_delta(batch)
+    exact, kept = reference(batch, delta)
+    plain = plain_attention(batch, kept)
+    assert_within_budget(exact.to(dtype), exact, plain)
+    other_page = batch.block_table.clone()
+    other_page[:, 6] = other_page[:, 0]
+    planes = batch.planes()
+    wrong = {
+        "zeros": torch.zeros_like(exact),
+        "residual left out": reference(batch, delta, planes._replace(key_residual=None))[0],
+        "residual at the wrong scale": reference(
+            batch, delta, planes._replace(residual_scale=16.0)
+        )[0],
+        "threshold ignored": reference(batch, None)[0],
+        "wrong last page": reference(batch, delta, table=other_page)[0],
+        "pages of another request": reference(batch, delta, table=batch.block_table.flip(0))[0],
+        "not a number": exact * math.nan,
+    }
+    for name, output in wrong.items():
+        with pytest.raises(AssertionError):
+            assert_within_budget(output, exact, plain)
+            pytest.fail(f"{name} is within the budget", pytrace=False)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_strides_of_the_cache(device, interleaved):
+    batch = make_batch(longer(Case(interleaved=interleaved, block_size=16), device))
+    check(batch, device, choose_delta(batch))
+
+
+@pytest.mark.parametrize("fp8_key, residual", [(True, False), (False, False)])
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
+def test_pages_with_fewer_planes(device, fp8_key, residual, dtype):
+    case = Case((300, 17), dtype=dtype, fp8_key=fp8_key, residual=residual, block_size=16)
+    batch = make_batch(longer(case, device))
+    check(batch, device, choose_delta(batch))
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 3.0, 1e4])
+def test_magnitudes_of_keys(device, magnitude):
+    case = Case((200,), num_kv_heads=1, key_scale=magnitude, block_size=16)
+    batch = make_batch(longer(case, device))
+    batch.qkv *= 1 / magnitude
+    check(batch, device, choose_delta(batch))
+
+
+@pytest.mark.parametrize("num_reqs", [1, 5, 33])
+def test_padded_rows(device, num_reqs):
+    """Rows of length 0, in the middle and at the end, become 0; the others do not notice."""
+    lengths = tuple(0 if row % 3 == 1 or row > 30 else 40 + 9 * row for row in range(num_reqs))
+    case = Case(lengths, group=1, num_kv_heads=1, block_size=16)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    output = check(batch, device, delta).output
+    padded = batch.seq_lens == 0
+    assert (output[padded] == 0).all()
+    alone = dataclasses.replace(
+        batch,
+        case=dataclasses.replace(case, lengths=tuple(n for n in lengths if n)),
+        qkv=batch.qkv[~padded],
+        block_table=batch.block_table[~padded],
+        seq_lens=batch.seq_lens[~padded],
+    )
+    close = run_decode(alone, device, delta[~padded], case.limits()).output.double()
+    assert (close - output[~padded].double()).abs().max() < 0.02
+
+
+def test_all_rows_padded(device):
+    batch = make_batch(Case((0, 0), block_size=16))
+    assert (run_decode(batch, device, torch.tensor([3.0])).output == 0).all()
+
+
+def test_unpruned(device):
+    batch = make_batch(Case(block_size=16))
+    outputs = [
+        check(batch, device, delta).output
+        for delta in (None, torch.tensor([math.inf]), torch.full((4,), math.inf))
+    ]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_one_delta_or_one_a_request(device):
+    batch = make_batch(Case((200, 300, 250), block_size=16))
+    one = choose_delta(batch, per_request=False)
+    shared = check(batch, device, one)
+    assert torch.equal(shared.output, check(batch, device, one.expand(3).contiguous()).output)
+    mixed = choose_delta(batch)
+    mixed[1] = math.inf
+    decoded = check(batch, device, mixed)
+    assert decoded.kept[1].all() and not decoded.kept[0].all() and not decoded.kept[2].all()
+
+
+def test_min_context(device):
+    """Requests below it run unpruned, and one of just that length is pruned."""
+    batch = make_batch(Case((200, 300, 299), block_size=16))
+    decoded = check(batch, device, choose_delta(batch), min_context=300)
+    assert decoded.kept[0].all() and not decoded.kept[1].all() and decoded.kept[2].all()
+
+
+def test_precomputed_threshold(device):
+    """The fused threshold, the one of its own kernel and a given one decide alike."""
+    batch = make_batch(Case((200, 0, 300), block_size=16))
+    delta = choose_delta(batch)
+    fused = check(batch, device, delta)
+    own = check(batch, device, delta, precomputed_threshold=True)
+    assert torch.equal(fused.output, own.output)
+
+    threshold = torch.full((3, 8), -math.inf)
+    threshold[2] = math.inf
+    given = run_decode(batch, device, delta, precomputed_threshold=threshold.to(device))
+    assert given.kept[0].all()
+    newest = torch.zeros_like(given.kept[2])
+    newest[:, -1] = True
+    assert torch.equal(given.kept[2], newest)
+
+
+def test_decisions_of_a_plain_delta(device):
+    """A delta that was not picked for its gaps: decisions differ within rounding only."""
+    batch = make_batch(longer(Case((700, 900), block_size=16, num_kv_heads=1), device))
+    middle = torch.cat([e.flatten() for e in block_excess(batch)]).median()
+    delta = -middle.float().reshape(1)  # one block lies on the threshold
+    assert_kept(batch, run_decode(batch, device, delta).kept, delta)
+
+
+def test_runs_are_bit_equal(device):
+    batch = make_batch(longer(Case((300, 200), block_size=16), device))
+    delta = choose_delta(batch)
+    first, second = (run_decode(batch, device, delta) for _ in range(2))
+    assert torch.equal(first.output, second.output)

@@ -1,0 +1,172 @@
+"""Options: presets, precedence, and an error for everything that is wrong."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_ffa_fp8fp8.config import FFAConfig, preset_names
+
+BAD_OPTIONS = {
+    "unknown key": (
+        {"detla": 3.0},
+        ["'detla' = 3.0", "did you mean 'delta'?", "delta, block_size, use_fp8_residual"],
+    ),
+    "unknown key unlike any": ({"xyz": 1}, ["'xyz' = 1", "allowed are delta"]),
+    "delta negative": ({"delta": -1}, ["'delta' = -1 (int)", "a number >= 0"]),
+    "delta not a number": ({"delta": math.nan}, ["'delta' = nan", "a number >= 0"]),
+    "delta text": ({"delta": "10"}, ["'delta' = '10' (str)", "a number >= 0", "null"]),
+    "delta bool": ({"delta": True}, ["'delta' = True (bool)", "a number >= 0"]),
+    "block_size odd": ({"block_size": 48}, ["'block_size' = 48", "16, 32, 64, 128, or null"]),
+    "block_size float": ({"block_size": 64.0}, ["'block_size' = 64.0 (float)", "16, 32, 64, 128"]),
+    "block_size bool": ({"block_size": True}, ["'block_size' = True", "16, 32, 64, 128"]),
+    "use_fp8_residual int": ({"use_fp8_residual": 1}, ["'use_fp8_residual' = 1 (int)", "true or"]),
+    "precomputed_threshold text": (
+        {"precomputed_threshold": "yes"},
+        ["'precomputed_threshold' = 'yes' (str)", "true or false"],
+    ),
+    "record_skip_ratio null": (
+        {"record_skip_ratio": None},
+        ["'record_skip_ratio' = None", "true or false"],
+    ),
+    "dense_layers int": ({"dense_layers": 3}, ["'dense_layers' = 3 (int)", "a list of layer"]),
+    "dense_layers of bool": ({"dense_layers": [True]}, ["'dense_layers' = [True]", "a list of"]),
+    "dense_layers of text": ({"dense_layers": ["0"]}, ["'dense_layers' = ['0']", "a list of"]),
+    "min_context negative": ({"min_context": -5}, ["'min_context' = -5", "an integer >= 0"]),
+    "min_context float": ({"min_context": 1.5}, ["'min_context' = 1.5 (float)", "an integer >= 0"]),
+    "unknown preset": (
+        {"preset": "balancd"},
+        ["'balancd'", "did you mean 'balanced'?", "balanced, exact, fast", ".yaml"],
+    ),
+    "preset not a name": ({"preset": 5}, ["preset 5", "balanced, exact, fast"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("FFA_FP8FP8_CONFIG", raising=False)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_presets_are_the_documented_ones():
+    assert preset_names() == ["balanced", "exact", "fast"]
+    exact, balanced, fast = (FFAConfig.load(name) for name in ("exact", "balanced", "fast"))
+    assert exact.delta == math.inf and not exact.prunes
+    assert (balanced.delta, balanced.min_context) == (10.0, 1024) and balanced.prunes
+    assert (fast.delta, fast.min_context) == (5.0, 1024) and fast.prunes
+    assert exact.use_fp8_residual and balanced.use_fp8_residual and fast.use_fp8_residual
+    assert FFAConfig.load() == balanced
+
+
+@pytest.mark.parametrize("overrides, fragments", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_option_is_named(overrides, fragments):
+    with pytest.raises(ValueError) as raised:
+        FFAConfig.load(overrides=overrides)
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+def test_bad_option_names_its_source(tmp_path):
+    with pytest.raises(ValueError, match=r"in additional_config\['ffa_fp8fp8'\]"):
+        FFAConfig.load(overrides={"delta": -1})
+    path = write(tmp_path / "mine.yaml", "delta: -1")
+    with pytest.raises(ValueError, match=f"'delta' = -1 .*in preset '{path}'"):
+        FFAConfig.load(path)
+    with pytest.raises(ValueError, match="'delta' = -1 .*in FFAConfig"):
+        FFAConfig(delta=-1)
+
+
+@pytest.mark.parametrize(
+    "text, fragment",
+    [
+        ("delta: [1", "cannot read its options"),
+        ("- delta", "must be a mapping"),
+        ("", "holds None"),
+        ("detla: 1", "did you mean 'delta'?"),
+        ("preset: fast", "Unknown option 'preset'"),
+    ],
+)
+def test_bad_file(tmp_path, text, fragment):
+    path = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ValueError) as raised:
+        FFAConfig.load(path)
+    assert path in str(raised.value) and fragment in str(raised.value)
+
+
+def test_missing_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match="none.yaml.*No such file"):
+        FFAConfig.load()
+
+
+@pytest.mark.parametrize("overrides", [[1], "delta=3", 3])
+def test_overrides_must_be_a_mapping(overrides):
+    with pytest.raises(ValueError, match=r"additional_config\['ffa_fp8fp8'\] is .*mapping"):
+        FFAConfig.load(overrides=overrides)
+
+
+def test_precedence(monkeypatch, tmp_path):
+    mine = write(tmp_path / "mine.yaml", "delta: 7\nmin_context: 3\nblock_size: 32")
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", mine)
+    assert FFAConfig.load() == FFAConfig(delta=7.0, min_context=3, block_size=32)
+    overridden = FFAConfig.load(overrides={"delta": 8, "block_size": None})
+    assert overridden == FFAConfig(delta=8.0, min_context=3)
+    assert FFAConfig.load("fast").delta == 5.0
+    assert FFAConfig.load("fast", {"preset": "exact"}).delta == math.inf
+    assert FFAConfig.load(overrides={"preset": "fast", "min_context": 0}) == FFAConfig(delta=5.0)
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
+    assert FFAConfig.load().delta == 5.0
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "")
+    assert FFAConfig.load() == FFAConfig.load("balanced")
+
+
+def test_stored_forms():
+    config = FFAConfig.load(overrides={"delta": 3, "dense_layers": [0, 2]})
+    assert type(config.delta) is float and config.dense_layers == (0, 2)
+    assert FFAConfig.load(overrides={"delta": None}).delta == math.inf
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.delta = 1.0
+
+
+def test_complete_options_need_no_preset(monkeypatch):
+    config = FFAConfig.load("exact", {"dense_layers": [-1], "block_size": 16}, num_layers=4)
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "/not/on/this/node.yaml")
+    assert FFAConfig.load(overrides=json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_dense_layers_of_a_model():
+    config = FFAConfig.load(overrides={"dense_layers": [-1, 3, 0, -4]}, num_layers=4)
+    assert config.dense_layers == (0, 3)
+    for layer in (4, -5):
+        with pytest.raises(ValueError, match=rf"'dense_layers'.* no layer {layer};.* -4 to 3"):
+            FFAConfig.load(overrides={"dense_layers": [0, layer]}, num_layers=4)
+
+
+def test_from_vllm_config():
+    def vllm_config(additional_config):
+        model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: 4)
+        return SimpleNamespace(model_config=model_config, additional_config=additional_config)
+
+    options = {"ffa_fp8fp8": {"delta": 1, "dense_layers": [-1]}, "other": {"delta": -1}}
+    config = FFAConfig.from_vllm_config(vllm_config(options))
+    assert (config.delta, config.dense_layers) == (1.0, (3,))
+    assert FFAConfig.from_vllm_config(vllm_config({})) == FFAConfig.load()
+    assert FFAConfig.from_vllm_config(vllm_config(object())) == FFAConfig.load()
+    with pytest.raises(ValueError, match="no layer 9"):
+        FFAConfig.from_vllm_config(vllm_config({"ffa_fp8fp8": {"dense_layers": [9]}}))
+
+
+def test_importing_costs_little():
+    code = (
+        "import sys, vllm_ffa_fp8fp8.plugin, vllm_ffa_fp8fp8.patches, vllm_ffa_fp8fp8.config\n"
+        "assert not {'torch', 'vllm', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
