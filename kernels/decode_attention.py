@@ -77,8 +77,8 @@ def decode_attention(
         "HAS_EXPONENT": exponent is not None,
         "DTYPE": compute_dtype(torch.float16 if fp8_key else query.dtype),
     }
+    delta_stride = int(delta is not None and delta.shape[0] > 1)
     if delta is not None:
-        delta_stride = int(delta.shape[0] > 1)
         threshold = scratch.threshold
         if isinstance(precomputed_threshold, torch.Tensor):
             threshold = precomputed_threshold
@@ -90,29 +90,33 @@ def decode_attention(
                 ANCHOR_TOKENS=ANCHOR_TOKENS, num_warps=4, **common,
             )  # fmt: skip
         decode_scan_kernel[grid](
-            scratch.kept_by_item, scratch.kept_counts, query, planes.key, exponent, block_table,
-            plan.work, threshold, delta, scale_log2, min_context, delta_stride,
-            scratch.kept_by_item.stride(0), query.stride(0), query.stride(1),
-            block_table.stride(0), *planes.key.stride()[:3], *exponent_strides,
+            scratch.kept_by_item, scratch.kept_counts, scratch.scores, query, planes.key,
+            exponent, block_table, plan.work, threshold, delta, scale_log2, min_context,
+            limits.num_score_blocks, delta_stride, scratch.kept_by_item.stride(0),
+            query.stride(0), query.stride(1), block_table.stride(0), *planes.key.stride()[:3],
+            *exponent_strides,
             BLOCK_SIZE=limits.block_size,
             SCAN_BLOCKS=max(1, tuning.scan_tokens // limits.block_size),
             ANCHOR_TOKENS=ANCHOR_TOKENS, HAS_THRESHOLD=precomputed_threshold is not False,
-            STAGES=tuning.scan_stages, num_warps=tuning.scan_warps, PDL=pdl, **common,
+            STAGES=tuning.scan_stages, num_warps=tuning.scan_warps, PDL=pdl,
+            EARLY_BLOCKS=tuning.early_blocks, **common,
         )  # fmt: skip
     decode_attend_kernel[grid](
         output, scratch.partial_output, scratch.partial_lse, scratch.kept_blocks,
-        scratch.kept_by_item, scratch.kept_counts, counters, query, planes.key, residual,
-        exponent, planes.value, block_table, plan.work, scale_log2,
-        scratch.kept_by_item.stride(0), query.stride(0), query.stride(1), output.stride(0),
-        output.stride(1), block_table.stride(0), *planes.key.stride()[:3],
+        scratch.kept_by_item, scratch.kept_counts, scratch.scores, counters, query, planes.key,
+        residual, exponent, planes.value, block_table, plan.work, delta, scale_log2, min_context,
+        limits.num_score_blocks, delta_stride, scratch.kept_by_item.stride(0), query.stride(0),
+        query.stride(1), output.stride(0), output.stride(1), block_table.stride(0),
+        *planes.key.stride()[:3],
         *(residual.stride()[:3] if residual is not None else (0, 0, 0)),
         *exponent_strides, *planes.value.stride()[:3],
         BLOCK_SIZE=limits.block_size,
         ITEMS_PADDED=triton.next_power_of_2(limits.max_request_items), PRUNE=delta is not None,
         HAS_RESIDUAL=residual is not None, RESIDUAL_SCALE=planes.residual_scale,
         RECORD=counters is not None, VALUE_DTYPE=compute_dtype(planes.value.dtype),
-        STAGES=tuning.attend_stages, num_warps=tuning.attend_warps, PDL=pdl and delta is not None,
-        launch_pdl=pdl and delta is not None, **common,
+        STAGES=tuning.attend_stages, DENSE_STAGES=tuning.dense_stages,
+        num_warps=tuning.attend_warps, PDL=pdl and delta is not None,
+        launch_pdl=pdl and delta is not None, EARLY_BLOCKS=tuning.early_blocks, **common,
     )  # fmt: skip
     decode_merge_kernel[(num_reqs, num_heads)](
         output, scratch.partial_output, scratch.partial_lse, plan.item_offsets,

@@ -49,16 +49,27 @@ class DecodeLimits:
         return self.slots * self.tuning.waves + 1
 
     @property
+    def num_blocks(self) -> int:
+        """The most blocks of a batch."""
+        return self.num_reqs * -(-self.seq_len // self.block_size)
+
+    @property
+    def num_score_blocks(self) -> int:
+        """How many blocks of a batch, counted from its first request, have room for scores."""
+        block_bytes = self.num_heads * self.block_size * torch.float32.itemsize
+        return min(self.num_blocks, self.tuning.score_bytes // block_bytes)
+
+    @property
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
         num_items = self.num_items(self.num_reqs)
-        num_blocks = self.num_reqs * -(-self.seq_len // self.block_size)
         return (
             ((num_items, self.num_heads, self.head_size), torch.float32),
             ((num_items, self.num_heads), torch.float32),
             ((num_items, self.num_kv_heads), torch.int32),
-            ((self.num_kv_heads, num_blocks), torch.int32),
-            ((self.num_kv_heads, num_blocks), torch.int32),
+            ((self.num_kv_heads, self.num_blocks), torch.int64),
+            ((self.num_kv_heads, self.num_blocks), torch.int64),
+            ((self.num_score_blocks, self.num_heads, self.block_size), torch.float32),
             ((self.num_reqs, self.num_heads), torch.float32),
         )
 
@@ -72,6 +83,7 @@ class DecodeScratch:
     kept_counts: torch.Tensor
     kept_by_item: torch.Tensor
     kept_blocks: torch.Tensor
+    scores: torch.Tensor
     threshold: torch.Tensor
 
     @classmethod

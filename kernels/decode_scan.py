@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .decode_query import load_query
 from .fp8_split import exponent_to_scale
-from .paged_rows import block_pages, load_rows, token_pages
+from .paged_rows import block_entries, entry_page, load_rows, token_pages
 
 
 @triton.jit
@@ -63,21 +63,14 @@ def anchor_threshold(
 
 
 @triton.jit
-def physical_blocks(pages, blocks, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Numbers of `blocks` in the whole cache, int32: page * blocks per page + place in the page."""
-    BLOCKS: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
-    return (pages * BLOCKS + blocks % BLOCKS).to(tl.int32)
-
-
-@triton.jit
-def row_pages(pages, SCAN_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Spreads the pages of blocks, `[SCAN_BLOCKS]`, to their rows, `[SCAN_BLOCKS * BLOCK_SIZE]`."""
+def spread_to_rows(values, SCAN_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Repeats numbers of blocks, `[SCAN_BLOCKS]`, for their rows, `[SCAN_BLOCKS * BLOCK_SIZE]`."""
     blocks = tl.arange(0, SCAN_BLOCKS)
     rows = tl.arange(0, SCAN_BLOCKS * BLOCK_SIZE)
-    spread = tl.zeros([SCAN_BLOCKS * BLOCK_SIZE], tl.int64)
+    spread = tl.zeros([SCAN_BLOCKS * BLOCK_SIZE], values.dtype)
     for block in tl.static_range(SCAN_BLOCKS):
-        page = tl.sum(tl.where(blocks == block, pages, 0), axis=0)
-        spread = tl.where(rows // BLOCK_SIZE == block, page, spread)
+        value = tl.sum(tl.where(blocks == block, values, 0), axis=0)
+        spread = tl.where(rows // BLOCK_SIZE == block, value, spread)
     return spread
 
 
@@ -85,6 +78,7 @@ def row_pages(pages, SCAN_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 def decode_scan_kernel(
     kept_by_item_ptr,
     kept_counts_ptr,
+    scores_ptr,
     query_ptr,
     key_ptr,
     exponent_ptr,
@@ -94,6 +88,7 @@ def decode_scan_kernel(
     delta_ptr,
     scale_log2,
     min_context,
+    num_score_blocks,
     delta_stride,
     kept_stride_head,
     query_stride_request,
@@ -119,15 +114,15 @@ def decode_scan_kernel(
     DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY_BLOCKS: tl.constexpr,
 ):
     """One program: one work item, one KV head.
 
-    Writes the item's kept blocks in order to `kept_by_item[head, blocks of the requests before +
-    first block of the item ...]`, as `physical_blocks` where pages hold whole blocks, and their
-    number to `kept_counts[item, head]`.
+    Writes the entries of the item's kept blocks in order to `kept_by_item[head, blocks of the
+    requests before + first block of the item ...]` and their number to `kept_counts[item, head]`;
+    the scores of kept blocks, log2 units, to `scores[blocks of the requests before + block,
+    heads]`, if the request's blocks are among the first `num_score_blocks`.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0)
     kv_head = tl.program_id(1)
     request = tl.load(work_ptr + item * 8)
@@ -140,6 +135,9 @@ def decode_scan_kernel(
     seq_len = tl.load(work_ptr + item * 8 + 5)
     block_begin = index * num_blocks // num_items
     block_end = (index + 1) * num_blocks // num_items
+    if PDL:
+        if num_blocks <= num_items * EARLY_BLOCKS:
+            tl.extra.cuda.gdc_launch_dependents()
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
     kept_ptr = (
         kept_by_item_ptr + kv_head.to(tl.int64) * kept_stride_head + block_offset + block_begin
@@ -149,12 +147,9 @@ def decode_scan_kernel(
     if (seq_len < min_context) | (delta == float("inf")):
         for block in range(block_begin, block_end, SCAN_BLOCKS):
             blocks = block + scan_blocks
-            entries = blocks
-            if PAGE_SIZE % BLOCK_SIZE == 0:
-                pages = block_pages(
-                    block_table_row_ptr, blocks, blocks < block_end, PAGE_SIZE, BLOCK_SIZE
-                )
-                entries = physical_blocks(pages, blocks, PAGE_SIZE, BLOCK_SIZE)
+            entries = block_entries(
+                block_table_row_ptr, blocks, blocks < block_end, PAGE_SIZE, BLOCK_SIZE
+            )
             tl.store(kept_ptr + blocks - block_begin, entries, mask=blocks < block_end)
         tl.store(kept_counts_ptr + item * NUM_KV_HEADS + kv_head, block_end - block_begin)
         return
@@ -174,13 +169,14 @@ def decode_scan_kernel(
     WHOLE_BLOCKS: tl.constexpr = PAGE_SIZE % BLOCK_SIZE == 0
     if WHOLE_BLOCKS:  # pages run ahead of their use by the pipeline's depth, exponents by one
         blocks = block_begin + scan_blocks
-        pages = block_pages(
+        entries = block_entries(
             block_table_row_ptr, blocks, blocks < block_end, PAGE_SIZE, BLOCK_SIZE
         )
         positions = block_begin * BLOCK_SIZE + rows
+        pages = spread_to_rows(entry_page(entries, PAGE_SIZE, BLOCK_SIZE), SCAN_BLOCKS, BLOCK_SIZE)
         key_scales = load_key_scales(
-            exponent_ptr, row_pages(pages, SCAN_BLOCKS, BLOCK_SIZE), positions % PAGE_SIZE,
-            positions < scan_end, exponent_stride_page, HAS_EXPONENT,
+            exponent_ptr, pages, positions % PAGE_SIZE, positions < scan_end,
+            exponent_stride_page, HAS_EXPONENT,
         )  # fmt: skip
     if HAS_THRESHOLD:
         threshold = tl.load(
@@ -206,38 +202,53 @@ def decode_scan_kernel(
         offsets = positions % PAGE_SIZE
         if WHOLE_BLOCKS:
             next_blocks = blocks + SCAN_BLOCKS
-            next_pages = block_pages(
+            next_entries = block_entries(
                 block_table_row_ptr, next_blocks, next_blocks < block_end, PAGE_SIZE, BLOCK_SIZE
             )
             next_positions = positions + SCAN_BLOCKS * BLOCK_SIZE
+            next_pages = spread_to_rows(
+                entry_page(next_entries, PAGE_SIZE, BLOCK_SIZE), SCAN_BLOCKS, BLOCK_SIZE
+            )
             next_key_scales = load_key_scales(
-                exponent_ptr, row_pages(next_pages, SCAN_BLOCKS, BLOCK_SIZE),
-                next_positions % PAGE_SIZE, next_positions < scan_end, exponent_stride_page,
-                HAS_EXPONENT,
+                exponent_ptr, next_pages, next_positions % PAGE_SIZE, next_positions < scan_end,
+                exponent_stride_page, HAS_EXPONENT,
             )  # fmt: skip
-            spread = row_pages(pages, SCAN_BLOCKS, BLOCK_SIZE)
+            pages = spread_to_rows(
+                entry_page(entries, PAGE_SIZE, BLOCK_SIZE), SCAN_BLOCKS, BLOCK_SIZE
+            )
         else:
-            spread = token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE)
+            entries = blocks.to(tl.int64) << 32
+            pages = token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE)
             key_scales = load_key_scales(
-                exponent_ptr, spread, offsets, valid, exponent_stride_page, HAS_EXPONENT
+                exponent_ptr, pages, offsets, valid, exponent_stride_page, HAS_EXPONENT
             )
         scores = base_scores(
-            query, factor, key_ptr, spread, offsets, key_scales, valid, columns,
+            query, factor, key_ptr, pages, offsets, key_scales, valid, columns,
             key_stride_page, key_stride_token, HEAD_SIZE, HEAD_SIZE_PADDED,
         )  # fmt: skip
-        entries = blocks
-        if WHOLE_BLOCKS:
-            entries = physical_blocks(pages, blocks, PAGE_SIZE, BLOCK_SIZE)
-            pages = next_pages
-            key_scales = next_key_scales
         margin = tl.max(scores - threshold[:, None], axis=0)  # [SCAN_BLOCKS * BLOCK_SIZE]
         margin = tl.max(tl.reshape(margin, (SCAN_BLOCKS, BLOCK_SIZE)), axis=1)
         keep = (margin >= 0.0) | (blocks == newest_block)
         keep = (keep & (blocks < block_end)).to(tl.int32)
         place = num_kept + tl.cumsum(keep, axis=0) - keep
         tl.store(kept_ptr + place, entries, mask=keep != 0)
-        num_kept += tl.sum(keep, axis=0)
+        tile_kept = tl.sum(keep, axis=0)
+        if (tile_kept > 0) & (block_offset + num_blocks <= num_score_blocks):
+            kept_rows = spread_to_rows(keep, SCAN_BLOCKS, BLOCK_SIZE) != 0
+            score_rows = (block_offset + block + rows // BLOCK_SIZE).to(tl.int64)
+            score_rows = score_rows * (NUM_KV_HEADS * GROUP * BLOCK_SIZE) + rows % BLOCK_SIZE
+            tl.store(
+                scores_ptr + (kv_head * GROUP + group)[:, None] * BLOCK_SIZE + score_rows[None, :],
+                scores,
+                mask=(group < GROUP)[:, None] & kept_rows[None, :],
+            )
+        num_kept += tile_kept
+        if WHOLE_BLOCKS:
+            entries = next_entries
+            key_scales = next_key_scales
     tl.store(kept_counts_ptr + item * NUM_KV_HEADS + kv_head, num_kept)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -11,17 +11,33 @@ def token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def block_pages(
+def block_entries(
     block_table_row_ptr, blocks, exists, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """Pages of `blocks`, int64, in a cache whose pages hold whole blocks.
+    """`block << 32 | page * blocks per page + place in the page`, int64, for `blocks` of a request.
 
-    Kernels carry them to the next iteration of a loop, since a load that waits for another load
-    of its own iteration is not pipelined.
+    Where pages do not hold whole blocks, the lower half is 0. Kernels carry entries to the next
+    iteration of a loop, since a load that waits for another load of its own iteration is not
+    pipelined.
     """
-    return tl.load(
-        block_table_row_ptr + blocks * BLOCK_SIZE // PAGE_SIZE, mask=exists, other=0
-    ).to(tl.int64)
+    entries = blocks * tl.full([], 1 << 32, tl.int64)
+    if PAGE_SIZE % BLOCK_SIZE == 0:
+        BLOCKS: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
+        pages = tl.load(block_table_row_ptr + blocks // BLOCKS, mask=exists, other=0)
+        entries += pages.to(tl.int64) * BLOCKS + blocks % BLOCKS
+    return entries
+
+
+@triton.jit
+def entry_block(entries):
+    """The block of a request, int32."""
+    return (entries >> 32).to(tl.int32)
+
+
+@triton.jit
+def entry_page(entries, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The page, int64, where pages hold whole blocks."""
+    return (entries & 0xFFFFFFFF) // (PAGE_SIZE // BLOCK_SIZE)
 
 
 @triton.jit

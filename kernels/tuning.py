@@ -14,9 +14,14 @@ class DecodeTuning:
         min_blocks, max_blocks: work items have at least `min_blocks` blocks, and more than
             `max_blocks` only when the waves are used up.
         scan_tokens: tokens of one step of the scan.
-        scan_stages, attend_stages: pipeline depths of the two loops.
+        scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
+            that starts from its scores, and of the one that reads the base.
         scan_warps, attend_warps: warps of a program.
         overlap_launches: start a kernel while the one before it ends, where the GPU can.
+        early_blocks: items of at most so many blocks let the next kernel start as soon as they
+            run; in longer ones its waiting programs would be in the way.
+        score_bytes: the most memory for scores that the scan hands on; requests beyond it have
+            their base read twice.
     """
 
     programs_per_processor: int = 4
@@ -26,9 +31,12 @@ class DecodeTuning:
     scan_tokens: int = 128
     scan_stages: int = 3
     scan_warps: int = 4
-    attend_stages: int = 2
+    attend_stages: int = 3
+    dense_stages: int = 2
     attend_warps: int = 4
     overlap_launches: bool = True
+    early_blocks: int = 16
+    score_bytes: int = 128 << 20
 
 
 DEFAULT = DecodeTuning()
