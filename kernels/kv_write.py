@@ -81,11 +81,13 @@ def write_kv(
 ) -> None:
     """Writes `key` and `value` to `planes` at `slot_mapping`.
 
-    With base `b`, residual `r` and exponent `e`, the stored key is
-    `(b + r / 32) * 2^(e - 127)`. For bfloat16 keys it equals the key wherever `|k|` is at least
-    2^-14 of the row's largest element and is off by at most 2^-22 of that element below; for
-    float16 keys the relative error is at most 2^-9 above that bound. Without the residual it is
-    at most 2^-4. Holds for any finite key of magnitude 2^-119 or more.
+    With base `b`, residual `r` and exponent `e`, the stored key is `(b + r / 32) * 2^(e - 127)`.
+    The error against the key, for rows whose largest element is at least 2^-119:
+
+    - bfloat16: none where `|k|` is at least 2^-14 of the row's largest element, since base and
+      residual hold 4 significant bits each; at most 2^-22 of that element below.
+    - float16: at most 2^-9 of `|k|` from 2^-13 of the row's largest element on.
+    - without the residual: at most 2^-4 of `|k|` from 2^-13 of the row's largest element on.
 
     Args:
         key, value: `[num_tokens, num_kv_heads, head_size]`, float16 or bfloat16, last dimension
