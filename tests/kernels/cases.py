@@ -1,7 +1,8 @@
 """Decode batches in a paged cache, built on the CPU, where the oracles run."""
 
+import dataclasses
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -143,57 +144,24 @@ def make_batch(case: Case) -> Batch:
     return batch
 
 
-@dataclass
-class Decoded:
-    output: torch.Tensor
-    kept: list[torch.Tensor]  # per request bool [num_kv_heads, num_blocks]; all if not pruned
-    counters: list[int]
-
-
 def poisoned_scratch(limits: DecodeLimits, device: str) -> DecodeScratch:
     scratch = DecodeScratch.allocate(limits, torch.device(device))
-    for field in fields(scratch):
+    for field in dataclasses.fields(scratch):
         tensor = getattr(scratch, field.name)
         tensor.fill_(math.nan if tensor.is_floating_point() else -7)
     return scratch
 
 
-def logical_blocks(entries: torch.Tensor, pages: torch.Tensor, case: Case) -> torch.Tensor:
-    """Blocks of a request from the scan's entries, which name places in the cache if they can."""
-    if case.page_size % case.block_size:
-        return entries
-    per_page = case.page_size // case.block_size
-    ordinal = (pages[None, :] == (entries // per_page)[:, None]).int().argmax(1)
-    return ordinal * per_page + entries % per_page
-
-
-def read_kept(batch: Batch, plan: DecodePlan, scratch: DecodeScratch) -> dict[int, torch.Tensor]:
-    """Which blocks the scan listed, by request, bool `[num_kv_heads, num_blocks]`."""
-    kept = {}
-    for item, row in enumerate(plan.work.tolist()):
-        request, index, num_items, num_blocks, before = row[:5]
-        if request < 0:
-            continue
-        counts = scratch.kept_counts[item].tolist()
-        flags = kept.setdefault(request, torch.zeros(len(counts), num_blocks, dtype=torch.bool))
-        begin = before + index * num_blocks // num_items
-        for head, count in enumerate(counts):
-            entries = scratch.kept_by_item[head, begin : begin + count].long().cpu()
-            blocks = logical_blocks(entries, batch.block_table[request], batch.case)
-            assert not flags[head, blocks].any()
-            flags[head, blocks] = True
-    return kept
-
-
 def run_decode(
     batch: Batch, device: str, delta: torch.Tensor | None, limits=None, **options
-) -> Decoded:
-    """Runs the kernels on the batch; what they may not rely on is poison."""
+) -> tuple[torch.Tensor, list[int]]:
+    """Runs the kernels on the batch; what they may not rely on is poison.
+
+    Returns the output and the counters.
+    """
     case = batch.case
     limits = limits or case.limits(132 if device == "cuda" else 2)
     seq_lens = batch.seq_lens.to(device)
-    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
-    scratch = poisoned_scratch(limits, device)
     query = batch.query(device)
     dtype = query.dtype if device == "cuda" else torch.float32  # interpreted casts truncate
     output = torch.full(query.shape, math.nan, dtype=dtype, device=device)
@@ -203,18 +171,35 @@ def run_decode(
         batch.planes(device),
         batch.block_table.to(device),
         seq_lens,
-        plan,
-        scratch,
+        DecodePlan.allocate(limits, torch.device(device)).update(seq_lens),
+        poisoned_scratch(limits, device),
         output,
         scale=case.scale,
         delta=None if delta is None else delta.to(device),
         counters=counters,
         **options,
     )
-    kept = {} if delta is None else read_kept(batch, plan, scratch)
-    everything = [
-        torch.ones(case.num_kv_heads, -(-n // case.block_size), dtype=torch.bool)
-        for n in case.lengths
-    ]
-    blocks = [kept.get(request, all_of_it) for request, all_of_it in enumerate(everything)]
-    return Decoded(output.to("cpu", case.dtype), blocks, counters.tolist())
+    return output.to("cpu", case.dtype), counters.tolist()
+
+
+def probe_kept(batch: Batch, device: str, delta, **options) -> list[torch.Tensor]:
+    """Which blocks decode attends to, by request bool `[num_kv_heads, num_blocks]`.
+
+    Seen from outside: every value is an indicator of its token's block.
+    """
+    case = batch.case
+    probe = dataclasses.replace(
+        batch, value=torch.zeros_like(batch.value), storage=batch.storage.clone()
+    )
+    counts = [-(-length // case.block_size) for length in case.lengths]
+    blocks = torch.cat([torch.arange(length) // case.block_size for length in case.lengths])
+    seen = []
+    for first in range(0, max(counts), case.head_size):
+        columns = first + torch.arange(case.head_size)
+        # 64 keeps small weights above the least number of float16
+        probe.value[:] = 64.0 * (blocks[:, None] == columns)[:, None]
+        probe.write()
+        output, _ = run_decode(probe, device, delta, **options)
+        seen.append((output != 0).unflatten(1, (case.num_kv_heads, -1)).any(2))
+    kept = torch.cat(seen, dim=-1)
+    return [flags[:, :count] for flags, count in zip(kept, counts, strict=True)]

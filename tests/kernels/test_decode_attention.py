@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, make_batch, run_decode
+from cases import Case, make_batch, probe_kept, run_decode
 from truth import (
     assert_kept,
     assert_within_budget,
@@ -15,18 +15,18 @@ from truth import (
     reference,
 )
 
+from vllm_ffa_fp8fp8.kernels.tuning import DEFAULT
+
 HALF, BFLOAT = torch.float16, torch.bfloat16
 
 
-def check(batch, device: str, delta, **options):
-    """Output, kept blocks and counters against the oracle; returns what was decoded."""
-    decoded = run_decode(batch, device, delta, **options)
+def check(batch, device: str, delta, **options) -> tuple[torch.Tensor, list[int]]:
+    """Output and counters against the oracle; returns them."""
+    output, counters = run_decode(batch, device, delta, **options)
     exact, kept = reference(batch, delta, min_context=options.get("min_context", 0))
-    for ours, theirs in zip(decoded.kept, kept, strict=True):
-        assert torch.equal(ours, theirs)
-    assert decoded.counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
-    assert_within_budget(decoded.output, exact, plain_attention(batch, kept))
-    return decoded
+    assert counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
+    assert_within_budget(output, exact, plain_attention(batch, kept))
+    return output, counters
 
 
 def longer(case: Case, device: str) -> Case:
@@ -59,13 +59,12 @@ def test_shapes(device, head_size, group, num_kv_heads, dtype, page_size, block_
     case = Case(lengths, head_size, group, num_kv_heads, dtype, page_size, block_size)
     batch = make_batch(longer(case, device))
     delta = choose_delta(batch)
-    decoded = check(batch, device, delta)
-    kept, total = decoded.counters
+    output, (kept, total) = check(batch, device, delta)
     assert 0 < kept < total
-    assert_kept(batch, decoded.kept, delta)
+    assert_kept(batch, probe_kept(batch, device, delta), delta)
     dense, everything = reference(batch, None)
     with pytest.raises(AssertionError):
-        assert_within_budget(decoded.output, dense, plain_attention(batch, everything))
+        assert_within_budget(output, dense, plain_attention(batch, everything))
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF])
@@ -102,10 +101,10 @@ def test_strides_of_the_cache(device, interleaved):
     check(batch, device, choose_delta(batch))
 
 
-@pytest.mark.parametrize("fp8_key, residual", [(True, False), (False, False)])
-@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
-def test_pages_with_fewer_planes(device, fp8_key, residual, dtype):
-    case = Case((300, 17), dtype=dtype, fp8_key=fp8_key, residual=residual, block_size=16)
+@pytest.mark.parametrize("fp8_key, dtype", [(True, BFLOAT), (False, BFLOAT), (False, HALF)])
+def test_pages_without_the_residual(device, fp8_key, dtype):
+    """And those of GPUs without FP8, whose keys are 16-bit."""
+    case = Case((300, 17), dtype=dtype, fp8_key=fp8_key, residual=False, block_size=16)
     batch = make_batch(longer(case, device))
     check(batch, device, choose_delta(batch))
 
@@ -125,7 +124,7 @@ def test_padded_rows(device, num_reqs):
     case = Case(lengths, group=1, num_kv_heads=1, block_size=16)
     batch = make_batch(case)
     delta = choose_delta(batch)
-    output = check(batch, device, delta).output
+    output, _ = check(batch, device, delta)
     padded = batch.seq_lens == 0
     assert (output[padded] == 0).all()
     alone = dataclasses.replace(
@@ -135,57 +134,77 @@ def test_padded_rows(device, num_reqs):
         block_table=batch.block_table[~padded],
         seq_lens=batch.seq_lens[~padded],
     )
-    close = run_decode(alone, device, delta[~padded], case.limits()).output.double()
-    assert (close - output[~padded].double()).abs().max() < 0.02
+    same, _ = run_decode(alone, device, delta[~padded], case.limits())
+    assert (same.double() - output[~padded].double()).abs().max() < 0.02
 
 
 def test_all_rows_padded(device):
     batch = make_batch(Case((0, 0), block_size=16))
-    assert (run_decode(batch, device, torch.tensor([3.0])).output == 0).all()
+    assert (run_decode(batch, device, torch.tensor([3.0]))[0] == 0).all()
 
 
 def test_unpruned(device):
     batch = make_batch(Case(block_size=16))
-    outputs = [
-        check(batch, device, delta).output
-        for delta in (None, torch.tensor([math.inf]), torch.full((4,), math.inf))
-    ]
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    for delta in (None, torch.tensor([math.inf]), torch.full((4,), math.inf)):
+        check(batch, device, delta)
 
 
 def test_one_delta_or_one_a_request(device):
     batch = make_batch(Case((200, 300, 250), block_size=16))
     one = choose_delta(batch, per_request=False)
-    shared = check(batch, device, one)
-    assert torch.equal(shared.output, check(batch, device, one.expand(3).contiguous()).output)
+    check(batch, device, one)
+    check(batch, device, one.repeat(3))
     mixed = choose_delta(batch)
     mixed[1] = math.inf
-    decoded = check(batch, device, mixed)
-    assert decoded.kept[1].all() and not decoded.kept[0].all() and not decoded.kept[2].all()
+    check(batch, device, mixed)
+    kept = probe_kept(batch, device, mixed)
+    assert [bool(k.all()) for k in kept] == [False, True, False]
 
 
 def test_min_context(device):
     """Requests below it run unpruned, and one of just that length is pruned."""
     batch = make_batch(Case((200, 300, 299), block_size=16))
-    decoded = check(batch, device, choose_delta(batch), min_context=300)
-    assert decoded.kept[0].all() and not decoded.kept[1].all() and decoded.kept[2].all()
-
-
-def test_precomputed_threshold(device):
-    """The fused threshold, the one of its own kernel and a given one decide alike."""
-    batch = make_batch(Case((200, 0, 300), block_size=16))
     delta = choose_delta(batch)
-    fused = check(batch, device, delta)
-    own = check(batch, device, delta, precomputed_threshold=True)
-    assert torch.equal(fused.output, own.output)
+    check(batch, device, delta, min_context=300)
+    kept = probe_kept(batch, device, delta, min_context=300)
+    assert [bool(k.all()) for k in kept] == [True, False, True]
 
-    threshold = torch.full((3, 8), -math.inf)
-    threshold[2] = math.inf
-    given = run_decode(batch, device, delta, precomputed_threshold=threshold.to(device))
-    assert given.kept[0].all()
-    newest = torch.zeros_like(given.kept[2])
-    newest[:, -1] = True
-    assert torch.equal(given.kept[2], newest)
+
+def test_threshold_of_its_own_kernel(device):
+    batch = make_batch(Case((200, 0, 300), block_size=16))
+    check(batch, device, choose_delta(batch), precomputed_threshold=True)
+
+
+def test_given_threshold(device):
+    """Used as it is, by request and head."""
+    batch = make_batch(Case((200, 0, 300), block_size=16))
+    threshold = torch.full((3, 8), 1e30)
+    threshold[0] = -1e30
+    threshold[2, 5] = -1e30  # one head of the second group
+    kept = probe_kept(
+        batch, device, torch.tensor([0.0]), precomputed_threshold=threshold.to(device)
+    )
+    assert kept[0].all() and kept[2][1].all()
+    assert kept[2][0].nonzero().flatten().tolist() == [18]
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"score_bytes": 0},
+        {"score_bytes": 20 * 16 * 8 * 4},  # room for the first request alone
+        {"min_blocks": 1, "max_blocks": 1, "scan_tokens": 16},
+        {"waves": 1, "scan_tokens": 256},
+    ],
+)
+def test_tuning(device, tuning):
+    """However decode is cut: no scores handed on, items of one block, one wave."""
+    case = Case((300, 200, 250), block_size=16)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    delta[2] = math.inf
+    limits = dataclasses.replace(case.limits(8), tuning=dataclasses.replace(DEFAULT, **tuning))
+    check(batch, device, delta, limits=limits)
 
 
 def test_decisions_of_a_plain_delta(device):
@@ -193,11 +212,11 @@ def test_decisions_of_a_plain_delta(device):
     batch = make_batch(longer(Case((700, 900), block_size=16, num_kv_heads=1), device))
     middle = torch.cat([e.flatten() for e in block_excess(batch)]).median()
     delta = -middle.float().reshape(1)  # one block lies on the threshold
-    assert_kept(batch, run_decode(batch, device, delta).kept, delta)
+    assert_kept(batch, probe_kept(batch, device, delta), delta)
 
 
 def test_runs_are_bit_equal(device):
     batch = make_batch(longer(Case((300, 200), block_size=16), device))
     delta = choose_delta(batch)
-    first, second = (run_decode(batch, device, delta) for _ in range(2))
-    assert torch.equal(first.output, second.output)
+    outputs = [run_decode(batch, device, delta)[0] for _ in range(2)]
+    assert torch.equal(*outputs)

@@ -53,12 +53,23 @@ def assert_within_budget(output: torch.Tensor, exact: torch.Tensor, plain: torch
         assert error <= budget, f"request {request}: error {error:.2e}, budget {budget:.2e}"
 
 
-def block_excess(batch: Batch) -> list[torch.Tensor]:
+def excess_of_blocks(rows, key, scale: float, block_size: int) -> torch.Tensor:
     """By how much each block's best score lies above the anchors' best, log2 units.
 
-    Per request float64 `[num_kv_heads, num_blocks]`, the largest over the group's heads.
+    From `rows` `[num_kv_heads, group, head_size]` and `key` `[seq_len, num_kv_heads, head_size]`,
+    float64 `[num_kv_heads, num_blocks]`, the largest over the group's heads.
     """
-    case, planes, query = batch.case, batch.planes(), batch.query().double()
+    if len(key) == 0:
+        return torch.zeros(len(rows), 0)
+    scores = torch.einsum("hgd,thd->hgt", rows.double(), key) * (scale * math.log2(math.e))
+    anchors = torch.cat([scores[..., :ANCHOR_TOKENS], scores[..., -ANCHOR_TOKENS:]], -1)
+    above = (scores - anchors.amax(-1, keepdim=True)).amax(1)
+    return torch.stack([block.amax(-1) for block in above.split(block_size, dim=-1)], 1)
+
+
+def block_excess(batch: Batch) -> list[torch.Tensor]:
+    """`excess_of_blocks` of every request, from the base of its cached keys."""
+    case, planes = batch.case, batch.planes()
     excess = []
     for request, length in enumerate(case.lengths):
         tokens = torch.arange(length)
@@ -70,19 +81,14 @@ def block_excess(batch: Batch) -> list[torch.Tensor]:
             None,
             None if exponent is None else exponent[page, :, offset],
             dtype=torch.float64,
-        )  # [length, num_kv_heads, head_size]
-        rows = query[request].view(case.num_kv_heads, case.group, case.head_size)
-        scores = torch.einsum("hgd,thd->hgt", rows, key) * (case.scale * math.log2(math.e))
-        blocks = []
-        if length:
-            anchors = torch.cat([scores[..., :ANCHOR_TOKENS], scores[..., -ANCHOR_TOKENS:]], -1)
-            above = (scores - anchors.amax(-1, keepdim=True)).amax(1)
-            blocks = [block.amax(-1) for block in above.split(case.block_size, dim=-1)]
-        excess.append(torch.stack(blocks, 1) if blocks else torch.zeros(case.num_kv_heads, 0))
+        )
+        rows = batch.query()[request].unflatten(0, (case.num_kv_heads, case.group))
+        excess.append(excess_of_blocks(rows, key, case.scale, case.block_size))
     return excess
 
 
-def _delta_between(excess: torch.Tensor, fraction: float) -> float:
+def delta_between(excess: torch.Tensor, fraction: float) -> float:
+    """A delta in a gap of these excesses, so that about this fraction of them passes."""
     values = excess.flatten().sort().values
     gaps = (values.diff() > 4 * ROUNDING).nonzero().squeeze(1)
     if len(gaps) == 0:  # all alike: keep them
@@ -96,7 +102,7 @@ def choose_delta(batch: Batch, fraction: float = 0.5, per_request: bool = True) 
     candidates = [excess[:, :-1] for excess in block_excess(batch)]  # the newest is always kept
     if not per_request:
         candidates = [torch.cat([c.flatten() for c in candidates])]
-    return torch.tensor([_delta_between(c, fraction) for c in candidates])
+    return torch.tensor([delta_between(c, fraction) for c in candidates])
 
 
 def assert_kept(batch: Batch, kept: list[torch.Tensor], delta: torch.Tensor) -> None:

@@ -1,0 +1,98 @@
+"""Decode in a CUDA graph, and plans that are used again."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import Case, make_batch, poisoned_scratch
+from truth import assert_within_budget, choose_delta, plain_attention, reference
+
+from vllm_ffa_fp8fp8.kernels import DecodePlan, decode_attention
+
+
+class Step:
+    """One decode step over buffers that keep their addresses from batch to batch."""
+
+    def __init__(self, case: Case, device: str):
+        batch = make_batch(case)
+        self.case, self.device = case, device
+        self.storage = batch.storage.to(device)
+        self.planes = case.layout.split(self.storage[1])
+        self.limits = case.limits(132 if device == "cuda" else 2)
+        self.plan = DecodePlan.allocate(self.limits, torch.device(device))
+        self.scratch = poisoned_scratch(self.limits, device)
+        self.query = batch.query().contiguous().to(device)
+        dtype = case.dtype if device == "cuda" else torch.float32
+        self.output = torch.empty_like(self.query, dtype=dtype)
+        self.block_table = batch.block_table.to(device)
+        self.seq_lens = batch.seq_lens.to(device)
+        self.delta = choose_delta(batch).to(device)
+
+    def load(self, batch) -> None:
+        pages, columns = batch.storage.shape[1], batch.block_table.shape[1]
+        self.storage[:, :pages] = batch.storage.to(self.device)
+        self.query.copy_(batch.query())
+        self.block_table[:, :columns] = batch.block_table.to(self.device)
+        self.seq_lens.copy_(batch.seq_lens)
+        self.delta.copy_(choose_delta(batch))
+
+    def __call__(self) -> None:
+        decode_attention(
+            self.query,
+            self.planes,
+            self.block_table,
+            self.seq_lens,
+            self.plan.update(self.seq_lens),
+            self.scratch,
+            self.output,
+            scale=self.case.scale,
+            delta=self.delta,
+        )
+
+    def check(self, batch) -> None:
+        delta = self.delta.cpu()
+        exact, kept = reference(batch, delta)
+        output = self.output.to("cpu", batch.case.dtype)
+        assert_within_budget(output, exact, plain_attention(batch, kept))
+
+
+LARGEST = Case((400, 333, 400), block_size=16, num_kv_heads=1)
+
+
+def batches() -> list:
+    """Batches within the largest one, padding and single tokens among them."""
+    lengths = ((300, 0, 17), (1, 400, 0), (64, 63, 65), (0, 0, 0), (400, 1, 333))
+    return [
+        make_batch(dataclasses.replace(LARGEST, lengths=one, seed=seed))
+        for seed, one in enumerate(lengths)
+    ]
+
+
+def test_a_plan_is_used_again(device):
+    step = Step(LARGEST, device)
+    addresses = [step.plan.work.data_ptr(), step.plan.item_offsets.data_ptr()]
+    for batch in batches():
+        step.load(batch)
+        step()
+        step.check(batch)
+    plan = step.plan.update(step.seq_lens)
+    assert [plan.work.data_ptr(), plan.item_offsets.data_ptr()] == addresses
+
+
+@pytest.mark.gpu
+def test_graph():
+    """Captured once, plan included; every batch replays it on buffers filled in place."""
+    step = Step(LARGEST, "cuda")
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for batch in batches():
+        step.load(batch)
+        step.output.fill_(float("nan"))
+        graph.replay()
+        step.check(batch)
+        replayed = step.output.clone()
+        step()
+        assert torch.equal(step.output, replayed)

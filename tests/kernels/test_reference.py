@@ -1,0 +1,104 @@
+"""The oracles themselves, against torch's attention and numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Case, make_batch
+from truth import assert_kept, choose_delta, reference
+
+from vllm_ffa_fp8fp8.kernels.reference import (
+    join_key_reference,
+    prefill_attention_reference,
+    split_key_reference,
+)
+
+
+def test_split_by_hand():
+    """300 = 1.171875 * 2^8: scaled to 150, base 144 and residual (6 * 32); 1.0 = 0.5 * 2."""
+    base, residual, exponent = split_key_reference(torch.tensor([[300.0, 1.0, 0.0, -2.125]]))
+    assert base.float().tolist() == [[144.0, 0.5, 0.0, -1.0]]
+    assert residual.float().tolist() == [[192.0, 0.0, 0.0, -2.0]]
+    assert exponent.tolist() == [[128]]
+    joined = join_key_reference(base, residual, exponent)
+    assert joined.tolist() == [[300.0, 1.0, 0.0, -2.125]]
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-4, 1.0, 448.0, 1e4, 1e37])
+def test_split_and_join(magnitude):
+    generator = torch.Generator().manual_seed(0)
+    key = (magnitude * torch.randn(50, 64, generator=generator)).to(torch.bfloat16).float()
+    joined = join_key_reference(*split_key_reference(key))
+    largest = key.abs().amax(-1, keepdim=True)
+    small = key.abs() < 2**-14 * largest
+    assert ((joined - key).abs() <= small * 2**-22 * largest).all()
+
+
+def test_unpruned_attention_is_torchs():
+    """Keys of bfloat16 survive the cache, so torch's attention on the written ones agrees."""
+    case = Case((130, 1, 300, 0), num_kv_heads=2, group=3)
+    batch = make_batch(case)
+    output, kept = reference(batch, None)
+    first = 0
+    for request, length in enumerate(case.lengths):
+        assert kept[request].all()
+        if length == 0:
+            assert (output[request] == 0).all()
+            continue
+        tokens = slice(first, first + length)
+        expected = F.scaled_dot_product_attention(
+            batch.query()[request, :, None].double(),
+            batch.key[tokens].transpose(0, 1).double(),
+            batch.value[tokens].transpose(0, 1).double(),
+            enable_gqa=True,
+        )
+        assert torch.allclose(output[request], expected[:, 0], atol=1e-5)
+        first += length
+
+
+@pytest.mark.parametrize("block_size, page_size", [(16, 64), (64, 48), (128, 16)])
+def test_pruned_attention(block_size, page_size):
+    """Decisions follow the margins, and the output is attention to the kept tokens alone."""
+    case = Case((200, 500), num_kv_heads=1, page_size=page_size, block_size=block_size)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    output, kept = reference(batch, delta)
+    assert_kept(batch, kept, delta)
+    assert not kept[1].all()
+    tokens = kept[1][0].repeat_interleave(block_size)[:500]
+    scores = batch.query()[1].double() @ batch.key[200:][tokens, 0].double().T * case.scale
+    expected = scores.softmax(-1) @ batch.value[200:][tokens, 0].double()
+    assert torch.allclose(output[1], expected, atol=1e-5)
+
+
+def test_counters():
+    batch = make_batch(Case((200, 500), block_size=16))
+    counters = torch.zeros(2, dtype=torch.int64)
+    _, kept = reference(batch, choose_delta(batch), counters=counters)
+    assert counters.tolist() == [sum(int(k.sum()) for k in kept), 2 * (13 + 32)]
+
+
+def test_min_context_and_infinity_keep_everything():
+    batch = make_batch(Case((200, 500), block_size=16))
+    delta = choose_delta(batch)
+    assert not any(k.all() for k in reference(batch, delta)[1])
+    assert [bool(k.all()) for k in reference(batch, delta, min_context=201)[1]] == [True, False]
+    delta[1] = math.inf
+    assert [bool(k.all()) for k in reference(batch, delta)[1]] == [False, True]
+
+
+@pytest.mark.parametrize("query_len, seq_len", [(1, 1), (7, 7), (1, 9), (5, 9)])
+def test_prefill(query_len, seq_len):
+    """The last `query_len` tokens attend to those up to themselves."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(query_len, 6, 16, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, seq_len, 2, 16, generator=generator, dtype=torch.float64)
+    output = prefill_attention_reference(query, key, value, 0.3)
+    assert output.shape == query.shape
+    for row in range(query_len):
+        end = seq_len - query_len + row + 1
+        for head in range(6):
+            weights = (key[:end, head // 3] @ query[row, head] * 0.3).softmax(0)
+            expected = weights @ value[:end, head // 3]
+            assert torch.allclose(output[row, head], expected)
