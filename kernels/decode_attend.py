@@ -23,7 +23,7 @@ def online_softmax_update(accumulator, row_max, row_sum, scores, value):
 def share_kept_blocks(
     kept_blocks_ptr, kept_by_item_ptr, kept_counts_ptr, index, num_items, num_blocks,
     NUM_KV_HEADS: tl.constexpr, ITEMS_PADDED: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+):
     """Copies this program's equal share of the entries of a request's kept blocks into one list.
 
     The pointers are those of the request and KV head: `kept_by_item` has each item's blocks at
@@ -57,7 +57,7 @@ def share_kept_blocks(
 def listed_entry(
     kept_blocks_ptr, block_table_row_ptr, rank, end, num_blocks, PRUNE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+):
     """The entry of a rank; of a block that does not exist for ranks from `end` on."""
     if PRUNE:
         missing = num_blocks.to(tl.int64) << 32
@@ -71,14 +71,14 @@ def listed_entry(
 def load_scores(
     scores_ptr, block, num_blocks, group, rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+):
     """The scan's scores of a block, log2 units, float32 `[GROUP_PADDED, BLOCK_SIZE]`."""
     return tl.load(
         scores_ptr + block.to(tl.int64) * (NUM_HEADS * BLOCK_SIZE)
         + group[:, None] * BLOCK_SIZE + rows[None, :],
         mask=(group < GROUP)[:, None] & (rows < (num_blocks - block) * BLOCK_SIZE)[None, :],
         other=0.0,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def attend_blocks(
     BLOCK_SIZE: tl.constexpr, PRUNE: tl.constexpr, FROM_SCORES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, RESIDUAL_SCALE: tl.constexpr,
     DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """Attention over the listed blocks `begin ... end` (without PRUNE: over those blocks).
 
     FROM_SCORES: the scan's scores stand for the dot with the base. Returns accumulator, row
@@ -116,7 +116,7 @@ def attend_blocks(
         key_scales = load_key_scales(
             exponent_ptr, entry_page(entry, PAGE_SIZE, BLOCK_SIZE), positions % PAGE_SIZE,
             positions < seq_len, exponent_stride_page, HAS_EXPONENT,
-        )  # fmt: skip
+        )
     if FROM_SCORES:
         base_scores = load_scores(
             scores_ptr, block, num_blocks, group, rows, NUM_HEADS, GROUP, BLOCK_SIZE
@@ -128,7 +128,7 @@ def attend_blocks(
         next_entry = listed_entry(
             kept_blocks_ptr, block_table_row_ptr, rank + 1, end, num_blocks, PRUNE, PAGE_SIZE,
             BLOCK_SIZE,
-        )  # fmt: skip
+        )
         next_block = entry_block(next_entry)
         if WHOLE_BLOCKS:
             pages = entry_page(entry, PAGE_SIZE, BLOCK_SIZE)
@@ -137,7 +137,7 @@ def attend_blocks(
                 exponent_ptr, entry_page(next_entry, PAGE_SIZE, BLOCK_SIZE),
                 next_positions % PAGE_SIZE, next_positions < seq_len, exponent_stride_page,
                 HAS_EXPONENT,
-            )  # fmt: skip
+            )
         else:
             pages = token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE)
             key_scales = load_key_scales(
@@ -151,11 +151,11 @@ def attend_blocks(
             residual = load_rows(
                 residual_ptr, pages, offsets, residual_stride_page, residual_stride_token,
                 columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
-            ).to(DTYPE)  # fmt: skip
+            ).to(DTYPE)
         value = load_rows(
             value_ptr, pages, offsets, value_stride_page, value_stride_token, columns, valid,
             HEAD_SIZE, HEAD_SIZE_PADDED,
-        ).to(VALUE_DTYPE)  # fmt: skip
+        ).to(VALUE_DTYPE)
         key_factor = factor[:, None] * key_scales[None, :]
         if FROM_SCORES:
             scores = base_scores
@@ -167,7 +167,7 @@ def attend_blocks(
             key = load_rows(
                 key_ptr, pages, offsets, key_stride_page, key_stride_token, columns, valid,
                 HEAD_SIZE, HEAD_SIZE_PADDED,
-            ).to(DTYPE)  # fmt: skip
+            ).to(DTYPE)
             if HAS_RESIDUAL:
                 key += residual * (1.0 / RESIDUAL_SCALE)
             scores = tl.dot(query, tl.trans(key)) * key_factor
@@ -264,7 +264,7 @@ def decode_attend_kernel(
         query_ptr + request.to(tl.int64) * query_stride_request
         + kv_head * GROUP * query_stride_head,
         query_stride_head, group, columns, scale_log2, GROUP, HEAD_SIZE, NORMALISE, DTYPE,
-    )  # fmt: skip
+    )
     key_ptr += kv_head.to(tl.int64) * key_stride_head
     value_ptr += kv_head.to(tl.int64) * value_stride_head
     if HAS_RESIDUAL:
@@ -282,7 +282,7 @@ def decode_attend_kernel(
             kept_blocks_ptr, kept_by_item_ptr + kept_start,
             kept_counts_ptr + (item - index) * NUM_KV_HEADS + kv_head,
             index, num_items, num_blocks, NUM_KV_HEADS, ITEMS_PADDED, 32,
-        )  # fmt: skip
+        )
     else:
         begin = index * num_blocks // num_items
         end = (index + 1) * num_blocks // num_items
@@ -302,7 +302,7 @@ def decode_attend_kernel(
             NUM_KV_HEADS * GROUP, GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
             BLOCK_SIZE, PRUNE, True, HAS_RESIDUAL, HAS_EXPONENT, RESIDUAL_SCALE, DTYPE,
             VALUE_DTYPE, STAGES,
-        )  # fmt: skip
+        )
     else:
         accumulator, row_max, row_sum = attend_blocks(
             query, factor, kept_blocks_ptr, begin, end, num_blocks, seq_len, scores_ptr,
@@ -312,7 +312,7 @@ def decode_attend_kernel(
             NUM_KV_HEADS * GROUP, GROUP, GROUP_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
             BLOCK_SIZE, PRUNE, False, HAS_RESIDUAL, HAS_EXPONENT, RESIDUAL_SCALE, DTYPE,
             VALUE_DTYPE, DENSE_STAGES,
-        )  # fmt: skip
+        )
 
     if RECORD:
         tl.atomic_add(counters_ptr, (end - begin).to(tl.int64))
@@ -327,7 +327,7 @@ def decode_attend_kernel(
             + heads[:, None] * output_stride_head + columns[None, :],
             result.to(output_ptr.dtype.element_ty),
             mask=mask,
-        )  # fmt: skip
+        )
     else:
         row = item.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
         place = row[:, None] * HEAD_SIZE + columns[None, :]

@@ -88,7 +88,7 @@ def decode_attention(
                 delta_stride, query.stride(0), query.stride(1), block_table.stride(0),
                 *planes.key.stride()[:3], *exponent_strides,
                 ANCHOR_TOKENS=ANCHOR_TOKENS, num_warps=4, **common,
-            )  # fmt: skip
+            )
         decode_scan_kernel[grid](
             scratch.kept_by_item, scratch.kept_counts, scratch.scores, query, planes.key,
             exponent, block_table, plan.work, threshold, delta, scale_log2, min_context,
@@ -100,7 +100,7 @@ def decode_attention(
             ANCHOR_TOKENS=ANCHOR_TOKENS, HAS_THRESHOLD=precomputed_threshold is not False,
             STAGES=tuning.scan_stages, num_warps=tuning.scan_warps, PDL=pdl,
             EARLY_BLOCKS=tuning.early_blocks, **common,
-        )  # fmt: skip
+        )
     decode_attend_kernel[grid](
         output, scratch.partial_output, scratch.partial_lse, scratch.kept_blocks,
         scratch.kept_by_item, scratch.kept_counts, scratch.scores, counters, query, planes.key,
@@ -117,11 +117,11 @@ def decode_attention(
         STAGES=tuning.attend_stages, DENSE_STAGES=tuning.dense_stages,
         num_warps=tuning.attend_warps, PDL=pdl and delta is not None,
         launch_pdl=pdl and delta is not None, EARLY_BLOCKS=tuning.early_blocks, **common,
-    )  # fmt: skip
+    )
     decode_merge_kernel[(num_reqs, num_heads)](
         output, scratch.partial_output, scratch.partial_lse, plan.item_offsets,
         output.stride(0), output.stride(1),
         NUM_HEADS=num_heads, HEAD_SIZE=head_size,
         HEAD_SIZE_PADDED=triton.next_power_of_2(head_size), ITEMS=16, num_warps=4,
         PDL=pdl, launch_pdl=pdl,
-    )  # fmt: skip
+    )

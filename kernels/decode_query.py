@@ -10,7 +10,7 @@ from .fp8_split import exponent_to_scale
 def load_query(
     query_ptr, row_stride, group, columns, scale_log2,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, NORMALISE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+):
     """Query rows `[GROUP_PADDED, HEAD_SIZE_PADDED]` in DTYPE and the factor on their scores.
 
     E4M3 keys meet the query in float16: one conversion instruction makes two elements of it.

@@ -13,12 +13,12 @@ def base_scores(
     query, factor, key_ptr, pages, offsets, key_scales, valid, columns,
     key_stride_page, key_stride_token,
     HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
-):  # fmt: skip
+):
     """Scores from the base, log2 units, float32 `[GROUP_PADDED, ROWS]`, -inf where not valid."""
     base = load_rows(
         key_ptr, pages, offsets, key_stride_page, key_stride_token, columns, valid,
         HEAD_SIZE, HEAD_SIZE_PADDED,
-    )  # fmt: skip
+    )
     scores = tl.dot(query, tl.trans(base.to(query.dtype))) * factor[:, None] * key_scales[None, :]
     return tl.where(valid[None, :], scores, float("-inf"))
 
@@ -44,7 +44,7 @@ def anchor_threshold(
     key_stride_page, key_stride_token, exponent_stride_page,
     PAGE_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
     HAS_EXPONENT: tl.constexpr, ANCHOR_TOKENS: tl.constexpr,
-):  # fmt: skip
+):
     """The largest base score of a request's first and last tokens minus delta, `[GROUP_PADDED]`."""
     rows = tl.arange(0, 2 * ANCHOR_TOKENS)
     positions = tl.where(rows < ANCHOR_TOKENS, rows, seq_len - 2 * ANCHOR_TOKENS + rows)
@@ -58,7 +58,7 @@ def anchor_threshold(
     scores = base_scores(
         query, factor, key_ptr, pages, offsets, key_scales, valid, columns,
         key_stride_page, key_stride_token, HEAD_SIZE, HEAD_SIZE_PADDED,
-    )  # fmt: skip
+    )
     return tl.max(scores, axis=1) - delta
 
 
@@ -160,7 +160,7 @@ def decode_scan_kernel(
         query_ptr + request.to(tl.int64) * query_stride_request
         + kv_head * GROUP * query_stride_head,
         query_stride_head, group, columns, scale_log2, GROUP, HEAD_SIZE, NORMALISE, DTYPE,
-    )  # fmt: skip
+    )
     key_ptr += kv_head.to(tl.int64) * key_stride_head
     if HAS_EXPONENT:
         exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
@@ -177,7 +177,7 @@ def decode_scan_kernel(
         key_scales = load_key_scales(
             exponent_ptr, pages, positions % PAGE_SIZE, positions < scan_end,
             exponent_stride_page, HAS_EXPONENT,
-        )  # fmt: skip
+        )
     if HAS_THRESHOLD:
         threshold = tl.load(
             threshold_ptr + (request * NUM_KV_HEADS + kv_head) * GROUP + group,
@@ -189,7 +189,7 @@ def decode_scan_kernel(
             query, factor, key_ptr, exponent_ptr, block_table_row_ptr, seq_len, delta, columns,
             key_stride_page, key_stride_token, exponent_stride_page,
             PAGE_SIZE, HEAD_SIZE, HEAD_SIZE_PADDED, HAS_EXPONENT, ANCHOR_TOKENS,
-        )  # fmt: skip
+        )
     # rows that pad the group never keep a block
     threshold = tl.where(group < GROUP, threshold, float("inf"))
 
@@ -212,7 +212,7 @@ def decode_scan_kernel(
             next_key_scales = load_key_scales(
                 exponent_ptr, next_pages, next_positions % PAGE_SIZE, next_positions < scan_end,
                 exponent_stride_page, HAS_EXPONENT,
-            )  # fmt: skip
+            )
             pages = spread_to_rows(
                 entry_page(entries, PAGE_SIZE, BLOCK_SIZE), SCAN_BLOCKS, BLOCK_SIZE
             )
@@ -225,7 +225,7 @@ def decode_scan_kernel(
         scores = base_scores(
             query, factor, key_ptr, pages, offsets, key_scales, valid, columns,
             key_stride_page, key_stride_token, HEAD_SIZE, HEAD_SIZE_PADDED,
-        )  # fmt: skip
+        )
         margin = tl.max(scores - threshold[:, None], axis=0)  # [SCAN_BLOCKS * BLOCK_SIZE]
         margin = tl.max(tl.reshape(margin, (SCAN_BLOCKS, BLOCK_SIZE)), axis=1)
         keep = (margin >= 0.0) | (blocks == newest_block)
@@ -293,7 +293,7 @@ def decode_threshold_kernel(
         query_ptr + request.to(tl.int64) * query_stride_request
         + kv_head * GROUP * query_stride_head,
         query_stride_head, group, columns, scale_log2, GROUP, HEAD_SIZE, NORMALISE, DTYPE,
-    )  # fmt: skip
+    )
     key_ptr += kv_head.to(tl.int64) * key_stride_head
     if HAS_EXPONENT:
         exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
@@ -303,7 +303,7 @@ def decode_threshold_kernel(
         seq_len, tl.load(delta_ptr + request * delta_stride), columns,
         key_stride_page, key_stride_token, exponent_stride_page,
         PAGE_SIZE, HEAD_SIZE, HEAD_SIZE_PADDED, HAS_EXPONENT, ANCHOR_TOKENS,
-    )  # fmt: skip
+    )
     tl.store(
         threshold_ptr + (request * NUM_KV_HEADS + kv_head) * GROUP + group,
         threshold,
