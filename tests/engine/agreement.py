@@ -1,0 +1,52 @@
+"""Whether answers are right: the codes asked for, or another backend's greedy tokens."""
+
+from typing import Any
+
+from processes import Run
+
+from vllm_ffa_fp8fp8.demo_prompts import Question
+
+NEAR_TIE = 0.05  # between the two best logits
+NOISE = 0.15  # of the best token's logprob
+
+
+def check_codes(answers: list[dict[str, Any]], questions: list[Question]) -> None:
+    wrong = [
+        f"{question.word}: {answer['text']!r} is not {question.code}"
+        for question, answer in zip(questions, answers, strict=True)
+        if not question.is_answered_by(answer["text"])
+    ]
+    assert not wrong
+
+
+def check_same_tokens(run: Run, expected: Run) -> None:
+    """Every answer of `run` is the one of `expected` up to a near tie, which is printed, with
+    nearly the same logprobs."""
+    for answers, references in zip(run.batches, expected.batches, strict=True):
+        for answer, reference in zip(answers, references, strict=True):
+            check_same_answer(answer, reference)
+
+
+def check_same_answer(answer: dict[str, Any], reference: dict[str, Any]) -> None:
+    length = answer["num_prompt_tokens"]
+    assert length == reference["num_prompt_tokens"]
+    place = first_difference(answer["tokens"], reference["tokens"])
+    for best, reference_best in list(zip(answer["best"], reference["best"], strict=False))[:place]:
+        assert abs(best[0][0] - reference_best[0][0]) < NOISE, (length, best, reference_best)
+    if place is None:
+        assert len(answer["tokens"]) == len(reference["tokens"])
+        return
+    ours, theirs = (
+        f"{run['tokens'][place]} (the two best, with logprobs: {run['best'][place]})"
+        for run in (answer, reference)
+    )
+    difference = f"prompt of {length} tokens: output token {place} is {ours} instead of {theirs}"
+    print(difference)
+    (best, best_token), (second, second_token) = reference["best"][place]
+    assert best - second <= NEAR_TIE, difference
+    assert answer["tokens"][place] in (best_token, second_token), difference
+
+
+def first_difference(tokens: list[int], reference: list[int]) -> int | None:
+    pairs = enumerate(zip(tokens, reference, strict=False))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), None)

@@ -1,0 +1,72 @@
+"""Runs one engine in a process of its own: `python runner.py JOB RESULT`, two JSON files.
+
+Job: `llm` (arguments of `LLM`), `batches` (lists of prompts, each a text or token ids, submitted
+together) and `sampling` (arguments of `SamplingParams`). Result: `batches` (lists of answers),
+`skips` (one count a batch, empty for other backends) and `facts` about the worker.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["llm"])
+    sampling = SamplingParams(temperature=0, logprobs=2, **job["sampling"])
+    counts_skips = "worker_extension_cls" in job["llm"]
+    batches, skips = [], []
+    for prompts in job["batches"]:
+        outputs = llm.generate(list(map(as_prompt, prompts)), sampling, use_tqdm=False)
+        batches.append(list(map(as_answer, outputs)))
+        if counts_skips:
+            skips.append(llm.collective_rpc("ffa_skip_stats")[0])
+    return {"batches": batches, "skips": skips, "facts": llm.collective_rpc(worker_facts)[0]}
+
+
+def as_prompt(prompt: str | list[int]) -> Any:
+    return prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+
+
+def as_answer(output: Any) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "text": completion.text,
+        "tokens": list(completion.token_ids),
+        # of each token: the two best, best first
+        "best": [
+            sorted(((entry.logprob, token) for token, entry in step.items()), reverse=True)[:2]
+            for step in completion.logprobs
+        ],
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
+    }
+
+
+def worker_facts(worker: Any) -> dict[str, Any]:
+    compilation = worker.vllm_config.compilation_config
+    layers = [
+        layer
+        for layer in compilation.static_forward_context.values()
+        if hasattr(layer, "get_attn_backend")
+    ]
+    facts = {
+        "backends": sorted({layer.get_attn_backend().get_name() for layer in layers}),
+        "page_shape": list(layers[0].kv_cache.shape),
+        "plugin_is_loaded": "vllm_ffa_fp8fp8.plugin" in sys.modules,
+        "model_runner": type(worker.model_runner).__module__,
+        "enforce_eager": worker.vllm_config.model_config.enforce_eager,
+        "compilation_mode": getattr(compilation.mode, "name", None),
+    }
+    graphs = getattr(worker.model_runner, "cudagraph_manager", None)
+    if graphs is not None:
+        facts["cudagraph_mode"] = graphs.cudagraph_mode.name
+        facts["captured_modes"] = sorted({graph.cg_mode.name for graph in graphs.graphs})
+    return facts
+
+
+if __name__ == "__main__":
+    job_file, result_file = map(Path, sys.argv[1:])
+    result_file.write_text(json.dumps(run(json.loads(job_file.read_text()))))

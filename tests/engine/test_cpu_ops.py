@@ -1,0 +1,31 @@
+"""Prefill on the CPU against the masked oracle in float64."""
+
+import pytest
+import torch
+
+from vllm_ffa_fp8fp8.cpu_ops import prefill_attention
+from vllm_ffa_fp8fp8.kernels.reference import prefill_attention_reference
+
+SHAPES = [  # query_len, context_len, num_heads, num_kv_heads, head_size
+    (1, 0, 4, 4, 64),
+    (1, 1, 3, 1, 64),
+    (63, 0, 8, 2, 128),
+    (7, 130, 7, 7, 80),
+    (129, 1000, 6, 2, 96),
+    (300, 17, 16, 1, 256),
+]
+
+
+@pytest.mark.parametrize("query_len, context_len, num_heads, num_kv_heads, head_size", SHAPES)
+def test_prefill_attention(query_len, context_len, num_heads, num_kv_heads, head_size):
+    torch.manual_seed(0)
+    query = torch.randn(query_len, num_heads, head_size)
+    key, value = torch.randn(2, context_len + query_len, num_kv_heads, head_size)
+    scale = 1.7 * head_size**-0.5
+    expected = prefill_attention_reference(query.double(), key.double(), value.double(), scale)
+    context = (key[:context_len], value[:context_len]) if context_len else None
+    output = prefill_attention(query, key[context_len:], value[context_len:], context, scale)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=5e-6)
+    if context_len:
+        alone = prefill_attention(query, key[context_len:], value[context_len:], None, scale)
+        assert (alone - output).abs().max() > 0.01

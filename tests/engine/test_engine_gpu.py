@@ -1,0 +1,84 @@
+"""The CUDA engine as users run it: torch.compile, CUDA graphs, Model Runner V2."""
+
+import itertools
+
+import pytest
+from agreement import check_codes, check_same_tokens
+from jobs import ANSWER, CONTINUE, GPU, RECALL_LENGTHS_GPU, mixed_batches_gpu, recall_batches
+from processes import Run, run_engine, run_ours, serve
+from prompts import questions
+
+pytestmark = pytest.mark.gpu
+
+ASKED = 8
+NAMES_THE_BACKEND = "Using AttentionBackendEnum.FFA_FP8FP8 backend."
+
+
+@pytest.fixture(scope="module")
+def exact_run() -> Run:
+    return run_ours(mixed_batches_gpu(), CONTINUE, {"preset": "exact"}, **GPU)
+
+
+@pytest.fixture(scope="module")
+def balanced_run() -> Run:
+    batches = recall_batches(RECALL_LENGTHS_GPU, ASKED)
+    return run_ours(batches, ANSWER, {"preset": "balanced"}, **GPU)
+
+
+def check_graphs(run: Run) -> None:
+    assert run.facts["backends"] == ["FFA_FP8FP8"]
+    assert NAMES_THE_BACKEND in run.log
+    assert not run.facts["enforce_eager"]
+    assert run.facts["compilation_mode"] == "VLLM_COMPILE"
+    assert run.facts["cudagraph_mode"] == "FULL_AND_PIECEWISE"
+    assert "FULL" in run.facts["captured_modes"]
+    assert run.facts["model_runner"] == "vllm.v1.worker.gpu.model_runner"
+
+
+def test_exact_gives_flash_attentions_tokens(exact_run):
+    batches = mixed_batches_gpu()
+    flash_attention = run_engine(batches, CONTINUE, attention_backend="FLASH_ATTN", **GPU)
+    assert flash_attention.facts["backends"] == ["FLASH_ATTN"]
+    assert sum(map(len, batches)) == 32
+    check_same_tokens(exact_run, flash_attention)
+
+
+def test_exact_runs_compiled_in_graphs(exact_run):
+    check_graphs(exact_run)
+
+
+def test_exact_finds_prefixes_and_skips_nothing(exact_run):
+    shared = (16_000, 16_000, 16_000, 8192, 3000, 4097)
+    for answer, length in zip(exact_run.batches[1], shared, strict=True):
+        assert 0.9 * length < answer["num_cached_tokens"] <= length
+    for counts in exact_run.skips:
+        assert counts["kept_blocks"] == counts["total_blocks"] > 0
+
+
+def test_balanced_recalls_every_code(balanced_run):
+    check_graphs(balanced_run)
+    for batch, length in enumerate(RECALL_LENGTHS_GPU):
+        check_codes(balanced_run.batches[batch], questions(length, ASKED))
+        print(f"{length} tokens: {balanced_run.skip_ratio(batch):.1%} of the blocks skipped")
+        assert balanced_run.skip_ratio(batch) > 0.05
+
+
+def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balanced_run):
+    options = {"preset": "balanced", "precomputed_threshold": True, "record_skip_ratio": False}
+    batches = recall_batches(RECALL_LENGTHS_GPU, ASKED)
+    run = run_ours(batches, ANSWER, options, **GPU)
+    assert all(counts["total_blocks"] == 0 for counts in run.skips)
+    check_same_tokens(run, balanced_run)
+
+
+def test_serve_answers():
+    limits = ("--max-model-len", "20000", "--gpu-memory-utilization", "0.5")
+    asked = list(itertools.chain(questions(2048, 2), questions(8192, 1)))
+    with serve(*limits, VLLM_ATTENTION_BACKEND="FFA_FP8FP8") as server:
+        answers = [server.complete(question.prompt, max_tokens=8) for question in asked]
+        log = server.log
+        exit_code = server.stop()
+        assert not server.has_processes()
+    check_codes([{"text": answer.split("\n")[0]} for answer in answers], asked)
+    assert NAMES_THE_BACKEND in log
+    assert exit_code == 0
