@@ -100,7 +100,8 @@ def _check(q, k, v, residual, BS, SBS, delta, threshold, use_residual) -> None:
     if v.shape != k.shape or v.dtype != q.dtype:
         raise ValueError(f"v must be {q.dtype} {k.shape} (V = K), got {v.dtype} {v.shape}")
     if q.shape[2] % k.shape[2] or q.shape[2] // k.shape[2] > 16:
-        raise ValueError(f"{q.shape[2]} query heads on {k.shape[2]} KV heads: need groups of 1-16")
+        heads = f"{q.shape[2]} query heads over {k.shape[2]} KV heads"
+        raise ValueError(f"q and k_fp8 must have groups of 1 to 16 heads, got {heads}")
     if q.shape[3] % 16 or any(t.stride(-1) != 1 for t in (q, k, v)):
         raise ValueError("K must be a multiple of 16, and the last dimension contiguous")
     if use_residual and k.dtype == torch.float8_e4m3fn:
