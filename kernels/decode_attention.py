@@ -63,6 +63,9 @@ def decode_attention(
     residual, exponent = planes.key_residual, planes.key_exponent
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
     scale_log2 = scale * math.log2(math.e)
+    # Where pages do not hold whole blocks, loads wait for loads of their own iteration, which
+    # Triton 3.9 fails to compile with more than one stage.
+    pipelined = planes.page_size % limits.block_size == 0
     exponent_strides = exponent.stride()[:2] if exponent is not None else (0, 0)
     pdl = tuning.overlap_launches and overlap_supported(query.device)
     grid = (plan.num_items, num_kv_heads)
@@ -98,7 +101,7 @@ def decode_attention(
             BLOCK_SIZE=limits.block_size,
             SCAN_BLOCKS=max(1, tuning.scan_tokens // limits.block_size),
             ANCHOR_TOKENS=ANCHOR_TOKENS, HAS_THRESHOLD=precomputed_threshold is not False,
-            STAGES=tuning.scan_stages, num_warps=tuning.scan_warps, PDL=pdl,
+            STAGES=tuning.scan_stages if pipelined else 1, num_warps=tuning.scan_warps, PDL=pdl,
             EARLY_BLOCKS=tuning.early_blocks, **common,
         )
     decode_attend_kernel[grid](
@@ -114,7 +117,8 @@ def decode_attention(
         ITEMS_PADDED=triton.next_power_of_2(limits.max_request_items), PRUNE=delta is not None,
         HAS_RESIDUAL=residual is not None, RESIDUAL_SCALE=planes.residual_scale,
         RECORD=counters is not None, VALUE_DTYPE=compute_dtype(planes.value.dtype),
-        STAGES=tuning.attend_stages, DENSE_STAGES=tuning.dense_stages,
+        STAGES=tuning.attend_stages if pipelined else 1,
+        DENSE_STAGES=tuning.dense_stages if pipelined else 1,
         num_warps=tuning.attend_warps, PDL=pdl and delta is not None,
         launch_pdl=pdl and delta is not None, EARLY_BLOCKS=tuning.early_blocks, **common,
     )

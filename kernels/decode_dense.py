@@ -62,11 +62,15 @@ def attn_forward_decode_fp8fp8(
         residual_scale=1.0,
     )
     device = q.device
-    processors = 8
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    limits = DecodeLimits(
-        batch, seq_len, num_heads, num_kv_heads, head_size, block_size, processors
+    limits = DecodeLimits.on_device(
+        device,
+        num_reqs=batch,
+        seq_len=seq_len,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        key_dtype=k_fp8.dtype,
     )
     seq_lens = torch.full((batch,), seq_len, dtype=torch.int32, device=device)
     output = torch.empty(batch, num_heads, head_size, dtype=q.dtype, device=device)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tuning import DecodeTuning, decode_tuning
+from .tuning import DEFAULT, DecodeTuning, decode_tuning
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class DecodeLimits:
         num_heads, num_kv_heads, head_size: of the model, on this rank.
         block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
         num_processors: multiprocessors of the device.
+        tuning: launch parameters; `decode_tuning` says which.
     """
 
     num_reqs: int
@@ -27,11 +28,33 @@ class DecodeLimits:
     head_size: int
     block_size: int
     num_processors: int = 8
-    tuning: DecodeTuning | None = None
+    tuning: DecodeTuning = DEFAULT
 
-    def __post_init__(self) -> None:
-        if self.tuning is None:
-            object.__setattr__(self, "tuning", decode_tuning(self.head_size))
+    @classmethod
+    def on_device(
+        cls,
+        device: torch.device,
+        *,
+        head_size: int,
+        block_size: int,
+        key_dtype: torch.dtype = torch.float8_e4m3fn,
+        **batch: int,
+    ) -> "DecodeLimits":
+        """Limits with what the device has; `batch`: the other arguments of the class."""
+        tuning, num_processors = decode_tuning(head_size, block_size, key_dtype.itemsize), 8
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            num_processors = properties.multi_processor_count
+            tuning = decode_tuning(
+                head_size, block_size, key_dtype.itemsize, properties.shared_memory_per_block_optin
+            )
+        return cls(
+            head_size=head_size,
+            block_size=block_size,
+            num_processors=num_processors,
+            tuning=tuning,
+            **batch,
+        )
 
     @property
     def slots(self) -> int:

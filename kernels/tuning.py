@@ -1,6 +1,6 @@
 """Launch parameters of the decode kernels, kept as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,42 @@ class DecodeTuning:
 
 DEFAULT = DecodeTuning()
 
+HOPPER_SHARED_MEMORY = 232_448
+"""Bytes that a program can have on compute capability 9.0."""
 
-def decode_tuning(head_size: int) -> DecodeTuning:
-    """The parameters for heads of `head_size` elements."""
-    return DEFAULT
+
+def decode_tuning(
+    head_size: int,
+    block_size: int,
+    key_bytes: int = 1,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
+) -> DecodeTuning:
+    """The parameters for a model and a GPU: the default, with as deep pipelines as fit.
+
+    Args:
+        head_size: elements of a head.
+        block_size: tokens that are kept or skipped together.
+        key_bytes: bytes of an element of the key plane: 1 for E4M3, else 2.
+        shared_memory: bytes that a program can have on this GPU.
+    """
+    padded = 1 << (head_size - 1).bit_length()
+    block = block_size * padded
+    scan_tile = max(DEFAULT.scan_tokens, block_size) * padded * key_bytes
+    attend_tile, dense_tile = 3 * block, 4 * block  # residual + V; and the base
+    return replace(
+        DEFAULT,
+        scan_stages=_stages_that_fit(DEFAULT.scan_stages, scan_tile, shared_memory),
+        attend_stages=_stages_that_fit(DEFAULT.attend_stages, attend_tile, shared_memory),
+        dense_stages=_stages_that_fit(DEFAULT.dense_stages, dense_tile, shared_memory),
+    )
+
+
+def pipeline_bytes(stages: int, tile: int) -> int:
+    """An upper bound, from compiled kernels, of the shared memory that a loop of two or more
+    stages over tiles of so many bytes takes: a buffer a stage but the last, and some scratch."""
+    return (stages - 1) * tile + tile // 4 + 9216
+
+
+def _stages_that_fit(most: int, tile: int, shared_memory: int) -> int:
+    deeper = range(most, 1, -1)
+    return next((n for n in deeper if pipeline_bytes(n, tile) <= shared_memory), 1)

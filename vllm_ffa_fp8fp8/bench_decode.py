@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    base = decode_tuning(args.head_size)
+    base = decode_tuning(args.head_size, args.page_size)
     tunings = {"ours": base}
     for text in args.vary:
         changes = {n: int(v) for n, v in (item.split("=") for item in text.split(","))}

@@ -24,15 +24,16 @@ class CudaOps:
         self.flash_attention = load_flash_attention(impl.head_size)
 
     def decode_limits(self, block_size: int) -> DecodeLimits:
-        impl, device = self.impl, torch.cuda.current_device()
-        return DecodeLimits(
+        impl = self.impl
+        return DecodeLimits.on_device(
+            torch.device("cuda", torch.cuda.current_device()),
             num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
             seq_len=self.max_model_len,
             num_heads=impl.num_heads,
             num_kv_heads=impl.num_kv_heads,
             head_size=impl.head_size,
             block_size=block_size,
-            num_processors=torch.cuda.get_device_properties(device).multi_processor_count,
+            key_dtype=impl.layout.planes[0].dtype,
         )
 
     def make_plan(self, block_size: int) -> DecodePlan:

@@ -72,7 +72,7 @@ def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balan
 
 
 def test_serve_answers():
-    limits = ("--max-model-len", "20000", "--gpu-memory-utilization", "0.5")
+    limits = ("--max-model-len", "20000", "--gpu-memory-utilization", "0.5", "--max-num-seqs", "32")
     asked = list(itertools.chain(questions(2048, 2), questions(8192, 1)))
     with serve(*limits, VLLM_ATTENTION_BACKEND="FFA_FP8FP8") as server:
         answers = [server.complete(question.prompt, max_tokens=8) for question in asked]

@@ -1,0 +1,123 @@
+"""Compiles the kernels for a GPU that need not be there: `python compile_kernels.py 90`.
+
+The launchers run on the CPU with recorders in the kernels' places; what they would have launched
+is compiled. Prints a line a kernel: its name and the bytes of shared memory it takes.
+"""
+
+import importlib
+import sys
+
+import torch
+from cases import Case, make_batch, poisoned_scratch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
+from vllm_ffa_fp8fp8.kernels.tuning import decode_tuning
+
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
+KERNELS = {
+    "decode_plan": ["_decode_plan_kernel"],
+    "decode_attention": [
+        "decode_threshold_kernel",
+        "decode_scan_kernel",
+        "decode_attend_kernel",
+        "decode_merge_kernel",
+    ],
+    "kv_write": ["_kv_write_kernel"],
+    "kv_gather": ["_kv_gather_kernel"],
+}
+TYPES = {
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Recorder:
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def compile_launch(kernel, args, kwargs, capability: int) -> int:
+    """Bytes of shared memory of the kernel, specialised to its arguments as at a launch."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {name: values.pop(name) for name in kwargs if name not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif name in kwargs or value is None or value == 1:
+            signature[name], constants[(index,)] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if signature[name][0] == "*" or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return compile(source, GPUTarget("cuda", capability, 32), options).metadata.shared
+
+
+def record(case: Case, capability: int) -> list:
+    """What one batch launches, pruned and not."""
+    launches: list = []
+    modules = {name: importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}") for name in KERNELS}
+    originals = {}
+    for name, kernels in KERNELS.items():
+        for kernel in kernels:
+            originals[name, kernel] = getattr(modules[name], kernel)
+            setattr(modules[name], kernel, Recorder(originals[name, kernel], launches))
+    modules["decode_attention"].overlap_supported = lambda device: capability >= 90
+    batch = make_batch(case)
+    planes = case.layout.split(batch.storage[1])
+    tuning = decode_tuning(
+        case.head_size, case.block_size, planes.key.itemsize, SHARED_MEMORY[capability]
+    )
+    heads = case.num_kv_heads * case.group
+    limits = DecodeLimits(
+        len(case.lengths), 4096, heads, case.num_kv_heads, case.head_size, case.block_size, 132,
+        tuning,
+    )  # fmt: skip
+    plan = DecodePlan.allocate(limits, torch.device("cpu")).update(batch.seq_lens)
+    scratch = poisoned_scratch(limits, "cpu")
+    output = torch.empty_like(batch.query())
+    for delta, precomputed in ((torch.ones(1), True), (torch.ones(1), False), (None, False)):
+        modules["decode_attention"].decode_attention(
+            batch.query(), planes, batch.block_table, batch.seq_lens, plan, scratch, output,
+            scale=case.scale, delta=delta, precomputed_threshold=precomputed,
+        )  # fmt: skip
+    slots = torch.arange(batch.key.shape[0])
+    modules["kv_write"].write_kv(batch.key, batch.value, planes, slots)
+    lengths = batch.seq_lens.cumsum(0, dtype=torch.int32)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
+    key, value = torch.empty_like(batch.key), torch.empty_like(batch.key)
+    modules["kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
+    for (name, kernel), original in originals.items():
+        setattr(modules[name], kernel, original)
+    return launches
+
+
+def main(capability: int) -> None:
+    fp8 = capability >= 89
+    pages = {"fp8_key": fp8, "residual": fp8}
+    cases = [
+        Case(head_size=128, **pages),
+        Case(head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32, **pages),
+        Case(head_size=256, num_kv_heads=1, page_size=128, block_size=128, **pages),
+    ]
+    for case in cases:
+        for kernel, args, kwargs in record(case, capability):
+            shared = compile_launch(kernel, args, kwargs, capability)
+            assert shared <= SHARED_MEMORY[capability], (kernel.__name__, case, shared)
+            print(kernel.__name__, shared, flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
