@@ -250,6 +250,10 @@ def decode_attend_kernel(
     kv_head = tl.program_id(1)
     request = tl.load(work_ptr + item * 8)
     if request < 0:
+        # A grid that started early must not end before the one it depends on has: what follows
+        # in the stream waits for this grid alone.
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     index = tl.load(work_ptr + item * 8 + 1)
     num_items = tl.load(work_ptr + item * 8 + 2)

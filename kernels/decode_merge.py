@@ -23,10 +23,10 @@ def decode_merge_kernel(
     head = tl.program_id(1)
     begin = tl.load(item_offsets_ptr + request)
     end = tl.load(item_offsets_ptr + request + 1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for the partial results, and on every path: see decode_attend
     if end - begin == 1:
         return
-    if PDL:
-        tl.extra.cuda.gdc_wait()  # for the partial results
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     accumulator = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
     largest = float("-inf")

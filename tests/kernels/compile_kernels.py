@@ -5,6 +5,7 @@ is compiled. Prints a line a kernel: its name and the bytes of shared memory it 
 """
 
 import importlib
+import re
 import sys
 
 import torch
@@ -46,8 +47,8 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def compile_launch(kernel, args, kwargs, capability: int) -> int:
-    """Bytes of shared memory of the kernel, specialised to its arguments as at a launch."""
+def compile_launch(kernel, args, kwargs, capability: int):
+    """The compiled kernel, specialised to its arguments as at a launch."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {name: values.pop(name) for name in kwargs if name not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
@@ -62,7 +63,33 @@ def compile_launch(kernel, args, kwargs, capability: int) -> int:
         if signature[name][0] == "*" or (signature[name] == "i32" and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, GPUTarget("cuda", capability, 32), options).metadata.shared
+    return compile(source, GPUTarget("cuda", capability, 32), options)
+
+
+def waits_on_every_path(ptx: str) -> bool:
+    """Whether no path through the kernel ends without waiting for the kernel before it.
+
+    What follows in the stream waits for the last kernel alone, so one that started early must
+    not end before the one it depends on.
+    """
+    lines = [line.strip() for line in ptx.splitlines()]
+    found = ((re.match(r"(\$L\w+):", line), place) for place, line in enumerate(lines))
+    labels = {label[1]: place for label, place in found if label}
+    start = next(place for place, line in enumerate(lines) if ".entry" in line)
+    pending, seen = [start], set()
+    while pending:
+        place = pending.pop()
+        if place in seen or "griddepcontrol.wait" in lines[place]:
+            continue
+        seen.add(place)
+        if lines[place] == "ret;":
+            return False
+        branch = re.match(r"(@!?%p\d+ )?\s*bra(?:\.uni)?\s+(\$L\w+)", lines[place])
+        if branch:
+            pending.append(labels[branch[2]])
+        if not branch or branch[1]:
+            pending.append(place + 1)
+    return True
 
 
 def record(case: Case, capability: int) -> list:
@@ -114,7 +141,10 @@ def main(capability: int) -> None:
     ]
     for case in cases:
         for kernel, args, kwargs in record(case, capability):
-            shared = compile_launch(kernel, args, kwargs, capability)
+            compiled = compile_launch(kernel, args, kwargs, capability)
+            shared = compiled.metadata.shared
+            if kwargs.get("launch_pdl"):
+                assert waits_on_every_path(compiled.asm["ptx"]), (kernel.__name__, case)
             assert shared <= SHARED_MEMORY[capability], (kernel.__name__, case, shared)
             print(kernel.__name__, shared, flush=True)
 
