@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tuning import DEFAULT, DecodeTuning, decode_tuning
+from .tuning import DEFAULT, HOPPER_SHARED_MEMORY, DecodeTuning, decode_tuning
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,16 @@ class DecodeLimits:
         **batch: int,
     ) -> "DecodeLimits":
         """Limits with what the device has; `batch`: the other arguments of the class."""
-        tuning, num_processors = decode_tuning(head_size, block_size, key_dtype.itemsize), 8
+        num_processors, shared_memory = cls.num_processors, HOPPER_SHARED_MEMORY
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             num_processors = properties.multi_processor_count
-            tuning = decode_tuning(
-                head_size, block_size, key_dtype.itemsize, properties.shared_memory_per_block_optin
-            )
+            shared_memory = properties.shared_memory_per_block_optin
         return cls(
             head_size=head_size,
             block_size=block_size,
             num_processors=num_processors,
-            tuning=tuning,
+            tuning=decode_tuning(head_size, block_size, key_dtype.itemsize, shared_memory),
             **batch,
         )
 

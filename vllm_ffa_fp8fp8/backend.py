@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
@@ -94,7 +94,5 @@ class FFAFP8FP8Backend(AttentionBackend):
     @classmethod
     def set_config(cls) -> FFAConfig:
         """Reads the options of the engine being built and keeps them for `customize_spec`."""
-        vllm_config = get_current_vllm_config_or_none()
-        assert vllm_config is not None
-        cls.config = FFAConfig.from_vllm_config(vllm_config)
+        cls.config = FFAConfig.from_vllm_config(get_current_vllm_config())
         return cls.config

@@ -1,6 +1,7 @@
 """What a step needs to know of its batch: decodes first, planned on the device, then prefills."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -31,12 +32,12 @@ class PrefillBatch:
     query_start_loc_host: list[int]
     seq_lens_host: list[int]
 
-    @property
+    @cached_property
     def query_lens_host(self) -> list[int]:
         starts = self.query_start_loc_host
         return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
-    @property
+    @cached_property
     def has_context(self) -> bool:
         """Whether any request has tokens in the cache from before this step."""
         return self.query_lens_host != self.seq_lens_host
