@@ -1,56 +1,56 @@
-"""Decode, stage 2: merges the partial results of a request's work items by log-sum-exp."""
+"""Decode, step 3: merges the partial results of a request's work items by log-sum-exp."""
 
 import triton
 import triton.language as tl
 
+from .decode_query import query_rows
+
 
 @triton.jit
-def decode_merge_kernel(
-    output_ptr,
-    partial_output_ptr,
-    partial_lse_ptr,
-    item_offsets_ptr,
-    output_stride_request,
-    output_stride_head,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr,
-    ITEMS: tl.constexpr,
-    PDL: tl.constexpr,
+def merge_items(
+    output_ptr, partial_output_ptr, partial_lse_ptr, num_items,
+    stride_item_output, stride_item_lse, output_stride_token, output_stride_head,
+    GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr, MERGE_ROWS: tl.constexpr, ITEMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program: one request and query head, its items in order; zeros for padding rows."""
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    begin = tl.load(item_offsets_ptr + request)
-    end = tl.load(item_offsets_ptr + request + 1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()  # for the partial results, and on every path: see decode_attend
-    if end - begin == 1:
-        return
+    """Writes the merged output of a request and KV head.
+
+    The pointers are those of its first item, row and token. Items are taken in order, ITEMS at a
+    time, whichever of them came last: the result is the same from run to run.
+    """
+    ROWS: tl.constexpr = GROUP * QUERY_LEN
+    rows = tl.arange(0, MERGE_ROWS)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
-    accumulator = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
-    largest = float("-inf")
-    total = 0.0
-    for first in range(begin, end, ITEMS):
-        items = first + tl.arange(0, ITEMS)
-        rows = items.to(tl.int64) * NUM_HEADS + head
-        lse = tl.load(partial_lse_ptr + rows, mask=items < end, other=float("-inf"))
+    place = rows[:, None] * HEAD_SIZE + columns[None, :]
+    exists = (rows < ROWS)[:, None] & (columns < HEAD_SIZE)[None, :]
+    accumulator = tl.zeros([MERGE_ROWS, HEAD_SIZE_PADDED], tl.float32)
+    largest = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([MERGE_ROWS], tl.float32)
+    for begin in tl.range(0, num_items, ITEMS, num_stages=STAGES):
+        items = begin + tl.arange(0, ITEMS)
+        lse = tl.load(
+            partial_lse_ptr + items[:, None] * stride_item_lse + rows[None, :],
+            mask=(items < num_items)[:, None] & (rows < ROWS)[None, :],
+            other=float("-inf"), cache_modifier=".cg",
+        )
         partial = tl.load(
-            partial_output_ptr + rows[:, None] * HEAD_SIZE + columns[None, :],
-            mask=(items < end)[:, None] & (columns < HEAD_SIZE)[None, :],
-            other=0.0,
+            partial_output_ptr + items[:, None, None] * stride_item_output + place[None, :, :],
+            mask=(items < num_items)[:, None, None] & exists[None, :, :],
+            other=0.0, cache_modifier=".cg",
         )
         new_largest = tl.maximum(largest, tl.max(lse, axis=0))
         safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(lse - safe)
+        weights = tl.exp2(lse - safe[None, :])
         rescale = tl.exp2(largest - safe)
-        accumulator = accumulator * rescale + tl.sum(weights[:, None] * partial, axis=0)
+        accumulator = accumulator * rescale[:, None] + tl.sum(weights[:, :, None] * partial, axis=0)
         total = total * rescale + tl.sum(weights, axis=0)
         largest = new_largest
-    result = accumulator / tl.where(total == 0.0, 1.0, total)
+    result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    tokens, heads, _ = query_rows(GROUP, QUERY_LEN, MERGE_ROWS)
     tl.store(
-        output_ptr + request.to(tl.int64) * output_stride_request + head * output_stride_head
-        + columns,
+        output_ptr + (tokens * output_stride_token + heads * output_stride_head)[:, None]
+        + columns[None, :],
         result.to(output_ptr.dtype.element_ty),
-        mask=columns < HEAD_SIZE,
+        mask=exists,
     )

@@ -18,6 +18,7 @@ class DecodeLimits:
         num_heads, num_kv_heads, head_size: of the model, on this rank.
         block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
         num_processors: multiprocessors of the device.
+        query_len: the most query tokens of a request.
         tuning: launch parameters; `decode_tuning` says which.
     """
 
@@ -28,6 +29,7 @@ class DecodeLimits:
     head_size: int
     block_size: int
     num_processors: int = 8
+    query_len: int = 1
     tuning: DecodeTuning = DEFAULT
 
     @classmethod
@@ -70,40 +72,35 @@ class DecodeLimits:
         return self.slots * self.tuning.waves + 1
 
     @property
-    def num_blocks(self) -> int:
-        """The most blocks of a batch."""
-        return self.num_reqs * -(-self.seq_len // self.block_size)
+    def chunk_blocks(self) -> int:
+        """Blocks that a program scans before it attends to those it keeps, a power of two."""
+        block_bytes = self.query_len * self.num_heads * self.block_size * torch.float32.itemsize
+        most = self.tuning.score_bytes // (block_bytes * self.num_items(self.num_reqs))
+        return max(self.tile_blocks, min(self.tuning.chunk_blocks, 1 << most.bit_length() >> 1))
 
     @property
-    def num_score_blocks(self) -> int:
-        """How many blocks of a batch, counted from its first request, have room for scores."""
-        block_bytes = self.num_heads * self.block_size * torch.float32.itemsize
-        return min(self.num_blocks, self.tuning.score_bytes // block_bytes)
+    def tile_blocks(self) -> int:
+        """Blocks of one step of the scan."""
+        return max(1, self.tuning.scan_tokens // self.block_size)
 
     @property
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
-        num_items = self.num_items(self.num_reqs)
+        rows = (self.num_items(self.num_reqs), self.query_len * self.num_heads)
         return (
-            ((num_items, self.num_heads, self.head_size), torch.float32),
-            ((num_items, self.num_heads), torch.float32),
-            ((num_items, self.num_kv_heads), torch.int32),
-            ((self.num_kv_heads, self.num_blocks), torch.int64),
-            ((self.num_kv_heads, self.num_blocks), torch.int64),
-            ((self.num_score_blocks, self.num_heads, self.block_size), torch.float32),
-            ((self.num_reqs, self.num_heads), torch.float32),
+            ((*rows, self.head_size), torch.float32),
+            (rows, torch.float32),
+            ((*rows, self.chunk_blocks * self.block_size), torch.float32),
+            ((self.num_reqs * self.query_len, self.num_heads), torch.float32),
         )
 
 
 @dataclass
 class DecodeScratch:
-    """What the decode kernels hand to one another; uninitialised memory will do."""
+    """What the decode programs hand to one another; uninitialised memory will do."""
 
     partial_output: torch.Tensor
     partial_lse: torch.Tensor
-    kept_counts: torch.Tensor
-    kept_by_item: torch.Tensor
-    kept_blocks: torch.Tensor
     scores: torch.Tensor
     threshold: torch.Tensor
 
@@ -115,7 +112,6 @@ class DecodeScratch:
 @triton.jit
 def _decode_plan_kernel(
     work_ptr,
-    item_offsets_ptr,
     seq_lens_ptr,
     num_reqs,
     num_items,
@@ -134,51 +130,44 @@ def _decode_plan_kernel(
     # one wave of items while they stay small, then up to WAVES for balance
     size = tl.minimum((total + SLOTS - 1) // SLOTS, MAX_BLOCKS)
     size = tl.maximum(tl.maximum(size, MIN_BLOCKS), (total + SLOTS * WAVES - 1) // (SLOTS * WAVES))
-    counts = (blocks + size - 1) // size
+    # padding rows have an item, too, so that somebody clears their output
+    counts = tl.where(requests < num_reqs, tl.maximum((blocks + size - 1) // size, 1), 0)
     ends = tl.cumsum(counts, axis=0)
-    block_offsets = tl.cumsum(blocks, axis=0) - blocks
-    if tl.program_id(0) == 0:
-        tl.store(item_offsets_ptr + requests, ends - counts, mask=requests < num_reqs)
-        tl.store(item_offsets_ptr + num_reqs, tl.sum(counts, axis=0))
 
     items = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     owner = tl.sum((ends[None, :] <= items[:, None]).to(tl.int32), axis=1)  # [ITEMS]
     mine = requests[None, :] == owner[:, None]  # [ITEMS, REQS_PADDED]
     first_item = tl.sum(tl.where(mine, (ends - counts)[None, :], 0), axis=1)
-    row_ptr = work_ptr + items * 8
+    row_ptr = work_ptr + items * 4
     stored = items < num_items
     tl.store(row_ptr, tl.where(owner < num_reqs, owner, -1), mask=stored)
     tl.store(row_ptr + 1, items - first_item, mask=stored)
     tl.store(row_ptr + 2, tl.sum(tl.where(mine, counts[None, :], 0), axis=1), mask=stored)
-    tl.store(row_ptr + 3, tl.sum(tl.where(mine, blocks[None, :], 0), axis=1), mask=stored)
-    tl.store(row_ptr + 4, tl.sum(tl.where(mine, block_offsets[None, :], 0), axis=1), mask=stored)
-    tl.store(row_ptr + 5, tl.sum(tl.where(mine, seq_lens[None, :], 0), axis=1), mask=stored)
+    tl.store(row_ptr + 3, tl.sum(tl.where(mine, seq_lens[None, :], 0), axis=1), mask=stored)
 
 
 @dataclass
 class DecodePlan:
-    """Which program of the decode kernels works on what.
+    """Which program of the decode kernel works on what.
 
-    `work` is int32 `[num_items, 8]`: request (-1: no work), index of the item in the request,
-    number of the request's items, number of its blocks, number of blocks of the requests before
-    it, its length, unused. Item `i` of `n` covers blocks `i * blocks // n ... (i + 1) * blocks //
-    n`. `item_offsets` is int32 `[num_reqs + 1]`: a request's items are `item_offsets[r] ...
-    item_offsets[r + 1]`. The buffers keep their addresses when the plan is updated, so that a
-    CUDA graph may hold them.
+    `work` is int32 `[num_items, 4]`: request (-1: no work), index of the item in the request,
+    number of the request's items, its length. Item `i` of `n` covers blocks `i * blocks // n ...
+    (i + 1) * blocks // n`; a request's items follow one another. `arrivals` is int32 `[num_reqs,
+    num_kv_heads]`, zeros between launches: how many programs are done. The buffers keep their
+    addresses when the plan is updated, so that a CUDA graph may hold them.
     """
 
     limits: DecodeLimits
     work: torch.Tensor
-    item_offsets: torch.Tensor
+    arrivals: torch.Tensor
 
     @classmethod
     def allocate(cls, limits: DecodeLimits, device: torch.device) -> "DecodePlan":
+        shape = (limits.num_items(limits.num_reqs), 4)
         return cls(
             limits,
-            torch.full(
-                (limits.num_items(limits.num_reqs), 8), -1, dtype=torch.int32, device=device
-            ),
-            torch.zeros(limits.num_reqs + 1, dtype=torch.int32, device=device),
+            torch.full(shape, -1, dtype=torch.int32, device=device),
+            torch.zeros(limits.num_reqs, limits.num_kv_heads, dtype=torch.int32, device=device),
         )
 
     @property
@@ -189,7 +178,7 @@ class DecodePlan:
         """Plans a batch on the device and returns the plan cut to its size.
 
         Every request is cut into equal runs of blocks, so that all items of the batch are of
-        about one size. Rows of length 0 are padding and get no work.
+        about one size. Rows of length 0 are padding and get one item without blocks.
 
         Args:
             seq_lens: int32 `[num_reqs]`, contiguous, within the limits.
@@ -201,7 +190,6 @@ class DecodePlan:
         items = 32
         _decode_plan_kernel[(triton.cdiv(num_items, items),)](
             self.work,
-            self.item_offsets,
             seq_lens,
             num_reqs,
             num_items,
@@ -214,6 +202,4 @@ class DecodePlan:
             ITEMS=items,
             num_warps=4,
         )
-        return replace(
-            self, work=self.work[:num_items], item_offsets=self.item_offsets[: num_reqs + 1]
-        )
+        return replace(self, work=self.work[:num_items])

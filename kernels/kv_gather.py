@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp8_split import exponent_to_scale
 from .page_layout import KVPlanes
-from .paged_rows import load_rows, token_pages
+from .paged_rows import load_rows, load_scales, token_pages, token_pointers
 
 
 @triton.jit
@@ -48,27 +47,34 @@ def _kv_gather_kernel(
     pages = token_pages(
         block_table_ptr + request.to(tl.int64) * block_table_stride, positions, valid, PAGE_SIZE
     )
-    offsets = positions % PAGE_SIZE
     key = load_rows(
-        key_plane_ptr + head * key_plane_stride_head, pages, offsets, key_plane_stride_page,
-        HEAD_SIZE, columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+        token_pointers(
+            key_plane_ptr + head * key_plane_stride_head, pages, positions, key_plane_stride_page,
+            HEAD_SIZE, PAGE_SIZE,
+        ),
+        columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
     ).to(tl.float32)
     if HAS_RESIDUAL:
         residual = load_rows(
-            residual_plane_ptr + head * residual_plane_stride_head, pages, offsets,
-            residual_plane_stride_page, HEAD_SIZE, columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+            token_pointers(
+                residual_plane_ptr + head * residual_plane_stride_head, pages, positions,
+                residual_plane_stride_page, HEAD_SIZE, PAGE_SIZE,
+            ),
+            columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
         )
         key += residual.to(tl.float32) * (1.0 / RESIDUAL_SCALE)
     if HAS_EXPONENT:
-        exponents = tl.load(
-            exponent_plane_ptr + head * exponent_plane_stride_head
-            + pages * exponent_plane_stride_page + offsets,
-            mask=valid, other=1,
+        exponents = token_pointers(
+            exponent_plane_ptr + head * exponent_plane_stride_head, pages, positions,
+            exponent_plane_stride_page, 1, PAGE_SIZE,
         )
-        key *= exponent_to_scale(exponents)[:, None]
+        key *= load_scales(exponents, valid)[:, None]
     value = load_rows(
-        value_plane_ptr + head * value_plane_stride_head, pages, offsets, value_plane_stride_page,
-        HEAD_SIZE, columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+        token_pointers(
+            value_plane_ptr + head * value_plane_stride_head, pages, positions,
+            value_plane_stride_page, HEAD_SIZE, PAGE_SIZE,
+        ),
+        columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
     )
     target = (first + positions).to(tl.int64) * key_stride_token + head * key_stride_head
     mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .fp8_split import exponent_to_scale
+
 
 @triton.jit
 def token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE: tl.constexpr):
@@ -11,46 +13,110 @@ def token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def block_entries(
-    block_table_row_ptr, blocks, exists, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+def token_pointers(
+    plane_ptr, pages, positions, stride_page,
+    STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):
-    """`block << 32 | page * blocks per page + place in the page`, int64, for `blocks` of a request.
+    """Pointers to the rows of tokens at `positions`, whose pages are known.
 
-    Where pages do not hold whole blocks, the lower half is 0. Kernels carry entries to the next
-    iteration of a loop, since a load that waits for another load of its own iteration is not
-    pipelined.
+    `plane_ptr` points at the head's first row of page 0.
     """
-    entries = blocks * tl.full([], 1 << 32, tl.int64)
+    return plane_ptr + pages * stride_page + (positions % PAGE_SIZE) * STRIDE_TOKEN
+
+
+@triton.jit
+def load_places(
+    block_table_row_ptr, first_block, end_block,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):
+    """Where BLOCKS blocks from `first_block` on lie, int32: `page * blocks a page + place in it`;
+    0 from `end_block` on.
+
+    Kernels hold the places of what they are about to read, since a load whose address waits for
+    another load of the same iteration is not pipelined. All 0 where pages do not hold whole
+    blocks.
+    """
+    blocks = first_block + tl.arange(0, BLOCKS)
+    places = tl.zeros([BLOCKS], tl.int32)
     if PAGE_SIZE % BLOCK_SIZE == 0:
-        BLOCKS: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
-        pages = tl.load(block_table_row_ptr + blocks // BLOCKS, mask=exists, other=0)
-        entries += pages.to(tl.int64) * BLOCKS + blocks % BLOCKS
-    return entries
+        PER_PAGE: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
+        pages = tl.load(block_table_row_ptr + blocks // PER_PAGE, mask=blocks < end_block, other=0)
+        places = pages * PER_PAGE + blocks % PER_PAGE
+    return places
 
 
 @triton.jit
-def entry_block(entries):
-    """The block of a request, int32."""
-    return (entries >> 32).to(tl.int32)
+def pick(values, index, SIZE: tl.constexpr):
+    """`values[index]` of an int32 tensor `[SIZE]`; 0 for an index outside."""
+    return tl.sum(tl.where(tl.arange(0, SIZE) == index, values, 0), axis=0)
 
 
 @triton.jit
-def entry_page(entries, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The page, int64, where pages hold whole blocks."""
-    return (entries & 0xFFFFFFFF) // (PAGE_SIZE // BLOCK_SIZE)
+def tile_pointers(
+    plane_ptr, block_table_row_ptr, places, index, first_position, seq_len,
+    stride_page, STRIDE_TOKEN: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Pointers `[ROWS]` to the rows of whole blocks, the first of which is at `first_position`
+    and at `index` of `places` (see `load_places`)."""
+    rows = tl.arange(0, ROWS)
+    if PAGE_SIZE % BLOCK_SIZE == 0:
+        PER_PAGE: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
+        pointers = plane_ptr + rows * 0
+        for block in tl.static_range(ROWS // BLOCK_SIZE):
+            place = pick(places, index + block, BLOCKS)
+            first_row_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
+            first_row_ptr += (place % PER_PAGE - block) * (BLOCK_SIZE * STRIDE_TOKEN)
+            block_pointers = first_row_ptr + rows * STRIDE_TOKEN
+            if block == 0:
+                pointers = block_pointers
+            else:
+                pointers = tl.where(rows // BLOCK_SIZE == block, block_pointers, pointers)
+    else:
+        positions = first_position + rows
+        pages = token_pages(block_table_row_ptr, positions, positions < seq_len, PAGE_SIZE)
+        pointers = token_pointers(
+            plane_ptr, pages, positions, stride_page, STRIDE_TOKEN, PAGE_SIZE
+        )
+    return pointers
 
 
 @triton.jit
 def load_rows(
-    plane_ptr, pages, offsets, stride_page, stride_token, columns, valid,
-    HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    pointers, columns, valid, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr
 ):
-    """Loads rows of a plane, `[ROWS, HEAD_SIZE_PADDED]`, zero where not `valid`.
+    """Loads rows of a plane, `[ROWS, HEAD_SIZE_PADDED]`, zero where not `valid`; None: all are."""
+    pointers = pointers[:, None] + columns[None, :]
+    if valid is not None:
+        rows = tl.load(
+            pointers, mask=valid[:, None] & (columns < HEAD_SIZE)[None, :], other=0.0
+        )
+    elif HEAD_SIZE == HEAD_SIZE_PADDED:
+        rows = tl.load(pointers)
+    else:
+        inside = tl.broadcast_to((columns < HEAD_SIZE)[None, :], pointers.shape)
+        rows = tl.load(pointers, mask=inside, other=0.0)
+    return rows
 
-    `plane_ptr` points at the head's first row; `offsets` are the tokens' places in their pages.
-    """
-    starts = pages * stride_page + offsets * stride_token
-    mask = valid[:, None]
-    if HEAD_SIZE != HEAD_SIZE_PADDED:
-        mask = mask & (columns < HEAD_SIZE)[None, :]
-    return tl.load(plane_ptr + starts[:, None] + columns[None, :], mask=mask, other=0.0)
+
+@triton.jit
+def load_scales(pointers, valid):
+    """The powers of two that rows are stored without, float32 `[ROWS]`."""
+    return exponent_to_scale(tl.load(pointers, mask=valid, other=127))
+
+
+@triton.jit
+def load_tile_scales(
+    exponent_ptr, block_table_row_ptr, places, index, first_position, seq_len, stride_page,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
+):
+    """`load_scales` of the tile at `tile_pointers`; ones if there are no exponents."""
+    scales = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_EXPONENT:
+        pointers = tile_pointers(
+            exponent_ptr, block_table_row_ptr, places, index, first_position, seq_len,
+            stride_page, 1, PAGE_SIZE, BLOCK_SIZE, BLOCKS, ROWS,
+        )
+        scales = load_scales(pointers, first_position + tl.arange(0, ROWS) < seq_len)
+    return scales

@@ -13,29 +13,30 @@ class DecodeTuning:
         waves: how many such waves a long batch may have, for balance.
         min_blocks, max_blocks: work items have at least `min_blocks` blocks, and more than
             `max_blocks` only when the waves are used up.
+        chunk_blocks: blocks that a program scans before it attends to those it keeps; at most 32.
         scan_tokens: tokens of one step of the scan.
         scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
             that starts from its scores, and of the one that reads the base.
-        scan_warps, attend_warps: warps of a program.
-        overlap_launches: start a kernel while the one before it ends, where the GPU can.
-        early_blocks: items of at most so many blocks let the next kernel start as soon as they
-            run; in longer ones its waiting programs would be in the way.
-        score_bytes: the most memory for scores that the scan hands on; requests beyond it have
-            their base read twice.
+        merge_rows, merge_stages: query rows of partial results in one step of the merge, and its
+            pipeline depth.
+        num_warps: warps of a program.
+        max_registers: registers of a thread, at most; fewer let more programs run at a time.
+        score_bytes: about the most memory for scores that the scan hands on.
     """
 
     programs_per_processor: int = 4
     waves: int = 4
     min_blocks: int = 4
     max_blocks: int = 32
-    scan_tokens: int = 128
-    scan_stages: int = 3
-    scan_warps: int = 4
-    attend_stages: int = 3
+    chunk_blocks: int = 32
+    scan_tokens: int = 64
+    scan_stages: int = 4
+    attend_stages: int = 2
     dense_stages: int = 2
-    attend_warps: int = 4
-    overlap_launches: bool = True
-    early_blocks: int = 16
+    merge_rows: int = 32
+    merge_stages: int = 3
+    num_warps: int = 4
+    max_registers: int = 128
     score_bytes: int = 128 << 20
 
 

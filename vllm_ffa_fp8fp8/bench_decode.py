@@ -134,7 +134,7 @@ class Decoder:
         self.shape, self.options = shape, options
         limits = DecodeLimits(
             shape.batch, shape.seq_len, shape.num_heads, shape.num_kv_heads, shape.head_size,
-            shape.page_size, torch.cuda.get_device_properties(0).multi_processor_count, tuning,
+            shape.page_size, torch.cuda.get_device_properties(0).multi_processor_count, tuning=tuning,
         )  # fmt: skip
         self.delta = None if delta is None else torch.tensor([delta], device=device)
         self.scratch = DecodeScratch.allocate(limits, device)
