@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .decode_query import dot_query
-from .paged_rows import load_rows, load_tile_scales, tile_pointers
+from .paged_rows import load_rows, load_tile_scales, tile_order, tile_pointers
 
 
 @triton.jit
@@ -15,23 +15,42 @@ def lowest_bit(bits):
 
 
 @triton.jit
+def widen(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """`[FIRST, ROWS_PADDED]` with zeros up to the 16 columns that the matrix unit takes at least."""
+    if ROWS_PADDED < 16:
+        HALVES: tl.constexpr = 16 // ROWS_PADDED
+        halves = tl.arange(0, HALVES)[None, :, None]
+        values = tl.where(halves == 0, values[:, None, :], 0.0)
+        values = tl.reshape(values, (FIRST, 16))
+    return values
+
+
+@triton.jit
+def narrow(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """Takes `widen` back."""
+    if ROWS_PADDED < 16:
+        HALVES: tl.constexpr = 16 // ROWS_PADDED
+        values = tl.sum(tl.reshape(values, (FIRST, HALVES, ROWS_PADDED)), axis=1)
+    return values
+
+
+@triton.jit
 def online_softmax_update(accumulator, row_max, weight_sums, scores, value, value_scales):
     """Adds a tile to a running softmax; scores are log2 units, -inf where masked.
 
-    `accumulator` `[HEAD_SIZE_PADDED, ROWS_PADDED]`, `row_max` `[ROWS_PADDED]`, `weight_sums` and
-    `scores` `[TOKENS, ROWS_PADDED]`, `value` `[TOKENS, HEAD_SIZE_PADDED]` to be multiplied by
-    `value_scales` `[TOKENS]`. Sums of weights stay apart by token until the end, because a sum
-    over tokens crosses warps.
+    `accumulator` `[HEAD_SIZE_PADDED, ROWS_PADDED]` after `widen`, `row_max` `[ROWS_PADDED]`,
+    `weight_sums` and `scores` `[TOKENS, ROWS_PADDED]`, `value` `[TOKENS, HEAD_SIZE_PADDED]` to be
+    multiplied by `value_scales` `[TOKENS]`. Sums of weights stay apart by token until the end,
+    because a sum over tokens crosses warps.
     """
     new_max = tl.maximum(row_max, tl.max(scores, axis=0))
     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores - safe_max[None, :])
     rescale = tl.exp2(row_max - safe_max)
-    accumulator = tl.dot(
-        tl.trans(value),
-        (weights * value_scales[:, None]).to(value.dtype),
-        accumulator * rescale[None, :],
-    )
+    ROWS_PADDED: tl.constexpr = scores.shape[1]
+    weighted = widen(weights * value_scales[:, None], scores.shape[0], ROWS_PADDED)
+    accumulator *= widen(rescale[None, :], 1, ROWS_PADDED)
+    accumulator = tl.dot(tl.trans(value), weighted.to(value.dtype), accumulator)
     return accumulator, new_max, weight_sums * rescale[None, :] + weights
 
 
@@ -40,7 +59,7 @@ def load_scores(
     scores_ptr, index, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """The scan's scores of a block of the chunk, float32 `[BLOCK_SIZE, ROWS_PADDED]`."""
-    tokens = index * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    tokens = index * BLOCK_SIZE + tile_order(BLOCK_SIZE)
     rows = tl.arange(0, ROWS_PADDED)
     return tl.load(
         scores_ptr + tokens[:, None] * ROWS + rows[None, :],
@@ -73,7 +92,7 @@ def load_block_scales(
 @triton.jit
 def attend_blocks(
     accumulator, row_max, weight_sums,
-    first, second, third, factor, limits, kept, num_kept,
+    query, factor, limits, kept, num_kept,
     chunk_begin, seq_len, places, scores_ptr,
     key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr, block_table_row_ptr,
     key_stride_page, residual_stride_page,
@@ -92,7 +111,7 @@ def attend_blocks(
     otherwise the blocks are the first `num_kept` ones. See `scan_blocks` for the arguments and
     `online_softmax_update` for the state, which is returned.
     """
-    tokens = tl.arange(0, BLOCK_SIZE)
+    tokens = tile_order(BLOCK_SIZE)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     # The next block's exponents and scores are carried to its iteration, because their loads are
     # too narrow to be pipelined.
@@ -142,7 +161,7 @@ def attend_blocks(
                 ),
                 columns, None, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
-            scores += dot_query(key, first, second, third, PARTS)
+            scores += dot_query(key, query, PARTS, ROWS_PADDED)
         if HAS_RESIDUAL:
             residual = load_rows(
                 tile_pointers(
@@ -152,10 +171,7 @@ def attend_blocks(
                 ),
                 columns, None, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
-            RESIDUAL_PARTS: tl.constexpr = 2 if PARTS > 1 else 1
-            scores += dot_query(residual, first, second, third, RESIDUAL_PARTS) * (
-                1.0 / RESIDUAL_SCALE
-            )
+            scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
         if (not FROM_SCORES) or HAS_RESIDUAL:
             scores = scores * factor[None, :] * key_scales[:, None]
         if FROM_SCORES:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decode_attend import attend_blocks
+from .decode_attend import attend_blocks, narrow
 from .decode_merge import merge_items
 from .decode_query import load_query, query_rows
 from .decode_scan import anchor_threshold, scan_blocks
@@ -103,7 +103,7 @@ def decode_kernel(
     places = load_places(
         block_table_row_ptr, block_begin, block_end, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS
     )
-    first, second, third, factor = load_query(
+    query, factor = load_query(
         query_ptr + token * query_stride_token + first_head * query_stride_head,
         query_stride_token, query_stride_head, columns, scale_log2,
         GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS, DTYPE,
@@ -134,16 +134,16 @@ def decode_kernel(
             threshold = tl.where(delta == float("inf"), float("-inf"), threshold)
         else:
             threshold = anchor_threshold(
-                first, second, third, factor, limits, delta, seq_len,
+                query, factor, limits, delta, seq_len,
                 key_ptr, exponent_ptr, block_table_row_ptr,
                 key_stride_page, exponent_stride_page,
-                KEY_STRIDE, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, PARTS,
+                KEY_STRIDE, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, PARTS,
                 HAS_EXPONENT, DTYPE,
             )
         # rows that pad the group never keep a block
         threshold = tl.where(row_exists, threshold, float("inf"))
 
-    accumulator = tl.zeros([HEAD_SIZE_PADDED, ROWS_PADDED], tl.float32)
+    accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
     row_max = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
     weight_sums = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
     total_kept = 0
@@ -157,18 +157,18 @@ def decode_kernel(
         num_kept = chunk_end - chunk_begin
         if PRUNE:
             kept = scan_blocks(
-                first, second, third, factor, limits, threshold,
+                query, factor, limits, threshold,
                 chunk_begin, chunk_end, seq_len, newest_block, places,
                 scores_ptr, key_ptr, exponent_ptr, block_table_row_ptr,
                 key_stride_page, exponent_stride_page,
-                KEY_STRIDE, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE,
-                CHUNK_BLOCKS, TILE_BLOCKS, PARTS, HAS_EXPONENT, DTYPE, SCAN_STAGES,
+                KEY_STRIDE, QUERY_LEN, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
+                BLOCK_SIZE, CHUNK_BLOCKS, TILE_BLOCKS, PARTS, HAS_EXPONENT, DTYPE, SCAN_STAGES,
             )
             num_kept = tl.sum(((kept >> tl.arange(0, CHUNK_BLOCKS)) & 1).to(tl.int32), axis=0)
             tl.debug_barrier()  # scores are written by some threads, read by others
         accumulator, row_max, weight_sums = attend_blocks(
             accumulator, row_max, weight_sums,
-            first, second, third, factor, limits, kept, num_kept,
+            query, factor, limits, kept, num_kept,
             chunk_begin, seq_len, places, scores_ptr,
             key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
             block_table_row_ptr,
@@ -189,7 +189,8 @@ def decode_kernel(
         tl.atomic_add(counters_ptr, total_kept.to(tl.int64))
         tl.atomic_add(counters_ptr + 1, (block_end - block_begin).to(tl.int64))
     row_sum = tl.sum(weight_sums, axis=0)
-    result = tl.trans(accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[None, :])
+    result = tl.trans(narrow(accumulator, HEAD_SIZE_PADDED, ROWS_PADDED))
+    result /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     mask = row_exists[:, None] & (columns < HEAD_SIZE)[None, :]
     if num_items == 1:
         tl.store(

@@ -24,9 +24,10 @@ def merge_items(
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     place = rows[:, None] * HEAD_SIZE + columns[None, :]
     exists = (rows < ROWS)[:, None] & (columns < HEAD_SIZE)[None, :]
-    accumulator = tl.zeros([MERGE_ROWS, HEAD_SIZE_PADDED], tl.float32)
-    largest = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([MERGE_ROWS], tl.float32)
+    # every slot of a step has a running softmax of its own, because their sum crosses warps
+    accumulator = tl.zeros([ITEMS, MERGE_ROWS, HEAD_SIZE_PADDED], tl.float32)
+    largest = tl.full([ITEMS, MERGE_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ITEMS, MERGE_ROWS], tl.float32)
     for begin in tl.range(0, num_items, ITEMS, num_stages=STAGES):
         items = begin + tl.arange(0, ITEMS)
         lse = tl.load(
@@ -39,14 +40,19 @@ def merge_items(
             mask=(items < num_items)[:, None, None] & exists[None, :, :],
             other=0.0, cache_modifier=".cg",
         )
-        new_largest = tl.maximum(largest, tl.max(lse, axis=0))
+        new_largest = tl.maximum(largest, lse)
         safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(lse - safe[None, :])
+        weights = tl.exp2(lse - safe)
         rescale = tl.exp2(largest - safe)
-        accumulator = accumulator * rescale[:, None] + tl.sum(weights[:, :, None] * partial, axis=0)
-        total = total * rescale + tl.sum(weights, axis=0)
+        accumulator = accumulator * rescale[:, :, None] + weights[:, :, None] * partial
+        total = total * rescale + weights
         largest = new_largest
-    result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    best = tl.max(largest, axis=0)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    weights = tl.exp2(largest - best[None, :])
+    total = tl.sum(total * weights, axis=0)
+    result = tl.sum(accumulator * weights[:, :, None], axis=0)
+    result /= tl.where(total == 0.0, 1.0, total)[:, None]
     tokens, heads, _ = query_rows(GROUP, QUERY_LEN, MERGE_ROWS)
     tl.store(
         output_ptr + (tokens * output_stride_token + heads * output_stride_head)[:, None]

@@ -24,48 +24,44 @@ def load_query(
     GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """Three parts of the query, `[HEAD_SIZE_PADDED, ROWS_PADDED]`, and the factor on their scores.
+    """The query `[HEAD_SIZE_PADDED, PARTS * ROWS_PADDED]` and the factor on its scores.
 
-    PARTS 1: the query itself, for keys of its dtype. Otherwise E4M3 parts for E4M3 keys: a row is
-    brought below 2^8 by a power of two, which the factor (float32 `[ROWS_PADDED]`, log2 units)
-    takes back, and is the sum of part i / PART_SCALE^i. Two parts hold a bfloat16 element, three
-    a float16 one, without error down to 2^-14 of the row's largest. Parts beyond PARTS repeat the
-    first.
+    PARTS 1: the query itself, for keys of its dtype. Otherwise E4M3 parts for E4M3 keys, side by
+    side: a row is brought below 2^8 by a power of two, which the factor (float32 `[ROWS_PADDED]`,
+    log2 units) takes back, and is the sum of part i / PART_SCALE^i. Two parts hold a bfloat16
+    element, three (of PARTS 4) a float16 one, without error down to 2^-14 of the row's largest.
     """
-    tokens, heads, exists = query_rows(GROUP, QUERY_LEN, ROWS_PADDED)
+    parts = tl.arange(0, PARTS * ROWS_PADDED) // ROWS_PADDED
+    rows = tl.arange(0, PARTS * ROWS_PADDED) % ROWS_PADDED
+    places = rows // GROUP * stride_token + rows % GROUP * stride_head
     query = tl.load(
-        query_ptr + (tokens * stride_token + heads * stride_head)[:, None] + columns[None, :],
-        mask=exists[:, None] & (columns < HEAD_SIZE)[None, :],
+        query_ptr + places[:, None] + columns[None, :],
+        mask=(rows < GROUP * QUERY_LEN)[:, None] & (columns < HEAD_SIZE)[None, :],
         other=0.0,
     )
-    factor = tl.zeros_like(heads).to(tl.float32) + scale_log2
-    if PARTS == 1:
-        first = tl.trans(query.to(DTYPE))
-        second = first
-        third = first
-    else:
+    factor = tl.full([ROWS_PADDED], 1.0, tl.float32) * scale_log2
+    if PARTS > 1:
         query = query.to(tl.float32)
         largest = tl.max(tl.abs(query), axis=1)
         exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 7, 1)
         query *= exponent_to_scale(254 - exponent)[:, None]
-        factor *= exponent_to_scale(exponent)
+        factor *= tl.max(tl.reshape(exponent_to_scale(exponent), (PARTS, ROWS_PADDED)), axis=0)
         part = round_to_e4m3(query)
-        first = tl.trans(part.to(DTYPE))
-        rest = (query - part) * PART_SCALE
-        part = round_to_e4m3(rest)
-        second = tl.trans(part.to(DTYPE))
-        third = first
-        if PARTS == 3:
-            third = tl.trans(round_to_e4m3((rest - part) * PART_SCALE).to(DTYPE))
-    return first, second, third, factor
+        split = part
+        for index in tl.static_range(1, PARTS):
+            query = (query - part) * PART_SCALE
+            part = round_to_e4m3(query)
+            split = tl.where((parts == index)[:, None], part, split)
+        query = split
+    return tl.trans(query.to(DTYPE)), factor
 
 
 @triton.jit
-def dot_query(rows, first, second, third, PARTS: tl.constexpr):
-    """`rows` `[ROWS, HEAD_SIZE_PADDED]` times the query, float32 `[ROWS, ROWS_PADDED]`."""
-    scores = tl.dot(rows, first)
+def dot_query(tokens, query, PARTS: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """`tokens` `[TOKENS, HEAD_SIZE_PADDED]` times the query, float32 `[TOKENS, ROWS_PADDED]`."""
+    scores = tl.dot(tokens, query)
     if PARTS > 1:
-        scores += tl.dot(rows, second) * (1.0 / PART_SCALE)
-    if PARTS > 2:
-        scores += tl.dot(rows, third) * (1.0 / PART_SCALE / PART_SCALE)
+        weights = exponent_to_scale(127 - 5 * tl.arange(0, PARTS))  # PART_SCALE^-part
+        scores = tl.reshape(scores, (tokens.shape[0], PARTS, ROWS_PADDED))
+        scores = tl.sum(scores * weights[None, :, None], axis=1)
     return scores

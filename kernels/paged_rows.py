@@ -47,8 +47,33 @@ def load_places(
 
 @triton.jit
 def pick(values, index, SIZE: tl.constexpr):
-    """`values[index]` of an int32 tensor `[SIZE]`; 0 for an index outside."""
-    return tl.sum(tl.where(tl.arange(0, SIZE) == index, values, 0), axis=0)
+    """`values[index]` of an int32 tensor `[SIZE]`, none negative; 0 for an index outside."""
+    return tl.max(tl.where(tl.arange(0, SIZE) == index, values, 0), axis=0)
+
+
+@triton.jit
+def tile_order(ROWS: tl.constexpr):
+    """Which token of a tile each row of it holds, `[ROWS]`.
+
+    The matrix unit hands rows to four warps by sixteens. In this order a warp's rows are a run of
+    tokens, so that what is reduced over a block stays within a warp, or few of them.
+    """
+    rows = tl.arange(0, ROWS)
+    if ROWS % 64 == 0:
+        rows = rows // 16 % 4 * (ROWS // 4) + rows // 64 * 16 + rows % 16
+    return rows
+
+
+@triton.jit
+def by_block(values, BLOCK_SIZE: tl.constexpr):
+    """What belongs to a tile's rows, `[ROWS, COLUMNS]`, as `[blocks, BLOCK_SIZE * COLUMNS]`; see
+    `tile_order`."""
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    if ROWS % 64 == 0:
+        values = tl.reshape(values, (ROWS // 64, 4, 16, COLUMNS))
+        values = tl.permute(values, (1, 0, 2, 3))
+    return tl.reshape(values, (ROWS // BLOCK_SIZE, BLOCK_SIZE * COLUMNS))
 
 
 @triton.jit
@@ -57,23 +82,20 @@ def tile_pointers(
     stride_page, STRIDE_TOKEN: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Pointers `[ROWS]` to the rows of whole blocks, the first of which is at `first_position`
-    and at `index` of `places` (see `load_places`)."""
-    rows = tl.arange(0, ROWS)
+    """Pointers `[ROWS]` to the rows of whole blocks in `tile_order`; the first block is at
+    `first_position` and at `index` of `places` (see `load_places`)."""
+    tokens = tile_order(ROWS)
     if PAGE_SIZE % BLOCK_SIZE == 0:
         PER_PAGE: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
-        pointers = plane_ptr + rows * 0
+        pointers = plane_ptr + tokens * 0
         for block in tl.static_range(ROWS // BLOCK_SIZE):
             place = pick(places, index + block, BLOCKS)
-            first_row_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
-            first_row_ptr += (place % PER_PAGE - block) * (BLOCK_SIZE * STRIDE_TOKEN)
-            block_pointers = first_row_ptr + rows * STRIDE_TOKEN
-            if block == 0:
-                pointers = block_pointers
-            else:
-                pointers = tl.where(rows // BLOCK_SIZE == block, block_pointers, pointers)
+            block_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
+            block_ptr += place % PER_PAGE * (BLOCK_SIZE * STRIDE_TOKEN)
+            pointers = tl.where(tokens // BLOCK_SIZE == block, block_ptr, pointers)
+        pointers += tokens % BLOCK_SIZE * STRIDE_TOKEN
     else:
-        positions = first_position + rows
+        positions = first_position + tokens
         pages = token_pages(block_table_row_ptr, positions, positions < seq_len, PAGE_SIZE)
         pointers = token_pointers(
             plane_ptr, pages, positions, stride_page, STRIDE_TOKEN, PAGE_SIZE
@@ -118,5 +140,5 @@ def load_tile_scales(
             exponent_ptr, block_table_row_ptr, places, index, first_position, seq_len,
             stride_page, 1, PAGE_SIZE, BLOCK_SIZE, BLOCKS, ROWS,
         )
-        scales = load_scales(pointers, first_position + tl.arange(0, ROWS) < seq_len)
+        scales = load_scales(pointers, first_position + tile_order(ROWS) < seq_len)
     return scales
