@@ -79,7 +79,7 @@ def token_counter(model: str) -> Any:
 def watch(
     console: Console, name: str, job: dict[str, Any], work: Callable | None = None
 ) -> dict[str, Any] | None:
-    """Runs one job (see `run_engine`), shows what it is doing, and shows its log only if it fails."""
+    """Runs one job of `run_engine`, shows what it is doing, and its log only if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "vllm.log")
         start = time.monotonic()

@@ -27,7 +27,5 @@ class BenchWorkerExtension(WorkerExtension):
 
     def ffa_backend_names(self) -> str:
         layers = self.vllm_config.compilation_config.static_forward_context.values()
-        backends = {
-            x.get_attn_backend().get_name() for x in layers if hasattr(x, "get_attn_backend")
-        }
-        return ", ".join(sorted(backends))
+        attention = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
+        return ", ".join(sorted({layer.get_attn_backend().get_name() for layer in attention}))

@@ -68,9 +68,10 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         figures = sorted(self._of(geometry).items())
         lines = ",\n".join(json.dumps(as_record(cell, figure)) for cell, figure in figures)
-        head = json.dumps({"environment": self.environment, "geometry": asdict(geometry)}, indent=1)
         self.path(geometry).write_text(
-            head.removesuffix("\n}") + f',\n "figures": [\n{lines}\n]}}\n'
+            f'{{"environment": {json.dumps(self.environment)},\n'
+            f'"geometry": {json.dumps(asdict(geometry))},\n'
+            f'"figures": [\n{lines}\n]}}\n'
         )
 
     def _of(self, geometry: Geometry) -> Figures:
