@@ -47,11 +47,16 @@ def describe(geometry: Geometry) -> str:
     )
 
 
-def _panels(count: int, **options):
+def _panels(count: int):
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(4.2 * count, 3.8), layout="constrained")
-    return picture, picture.subplots(1, count, squeeze=False, **options)[0]
+    picture = Figure(figsize=(2 + 4 * count, 4), layout="constrained")
+    return picture, picture.subplots(1, count, squeeze=False)[0]
+
+
+def _legend(picture, axes) -> None:
+    """Beside the panels, which all have the lines of `axes`."""
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
 def _ours(figures: Figures, value_dtype: str | None = None) -> list[Cell]:
@@ -62,6 +67,8 @@ def _ours(figures: Figures, value_dtype: str | None = None) -> list[Cell]:
 
 def draw_times(figures: Figures):
     """Microseconds over context, a panel for each batch size with several lengths; V 16-bit."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     lengths: dict[int, set[int]] = {}
     for cell in _ours(figures, "auto"):
         lengths.setdefault(cell.shape.batch, set()).add(cell.shape.seq_len)
@@ -83,10 +90,15 @@ def draw_times(figures: Figures):
                 ),
             )
             axes.plot(*points, "o-", markersize=3, label=f"FFA_FP8FP8, kept {kept:g}")
-        axes.set(title=f"batch {batch}", xlabel="tokens a request", ylabel="microseconds",
-                 xscale="log", yscale="log")  # fmt: skip
-        axes.set_xscale("log", base=2)
-    panels[0].legend(fontsize="small")
+        axes.set(title=f"batch {batch}", xlabel="tokens a request", ylabel="microseconds")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(sorted(lengths[batch]), [f"{n:,}" for n in sorted(lengths[batch])])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _legend(picture, panels[0])
     return picture
 
 
@@ -111,7 +123,7 @@ def draw_ratios(figures: Figures):
             )  # fmt: skip
         axes.axhline(1, color="k", linewidth=0.8)
         axes.set(title=f"over {NAMES[peer]}", xlabel="kept fraction", ylabel="times faster")
-    panels[-1].legend(fontsize="x-small")
+    _legend(picture, panels[0])
     return picture
 
 
@@ -128,7 +140,7 @@ def draw_floor(figures: Figures):
         )  # fmt: skip
     axes.axhline(1, color="k", linewidth=0.8)
     axes.set(xlabel="kept fraction", ylabel="fraction of the byte floor", ylim=(0, 1.05))
-    axes.legend(fontsize="x-small")
+    _legend(picture, axes)
     return picture
 
 

@@ -25,7 +25,7 @@ CACHED = "*"
 
 def console() -> Console:
     """As wide as the terminal; wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 def table(title: str, *headings: str) -> Table:
@@ -105,7 +105,10 @@ def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:
     cached = sum(figure.cached for figure in figures.values())
     if cached:
         notes.append(
-            f"{CACHED} {cached} of {len(figures)} figures come from earlier runs of the same code "
-            "on such a GPU; --fresh measures them again, side by side."
+            f"{CACHED} {cached} of {len(figures)} figures come from earlier runs on such a GPU; "
+            "--fresh measures them again, side by side."
         )
+    codes = {figure.code for cell, figure in figures.items() if cell.series not in PEERS}
+    if len(codes) > 1:
+        notes.append(f"Our figures come from {len(codes)} versions of the code.")
     return notes
