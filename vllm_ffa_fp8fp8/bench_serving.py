@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a variant of FFA_FP8FP8 with such options, for example "
         """plain='{"use_fp8_residual": false}'; may be repeated (default: one without options)""",
     )  # fmt: skip
+    add("--fp8-value", action="store_true", help="a variant of FFA_FP8FP8 whose V is fp8, too")
     add("--no-peers", action="store_true", help="leave out FLASH_ATTN with bf16 and fp8 caches")
     add("--skip", type=float, default=0.9, help="skip ratio to set; 0 leaves delta as it is")
     add(
@@ -98,6 +99,8 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
     if not 0 <= options.skip < 1:
         raise ValueError(f"--skip is a ratio from 0 to below 1, not {options.skip}")
     variants = [parse_variant(text) for text in options.ffa or ["FFA_FP8FP8={}"]]
+    if options.fp8_value:
+        variants.append(parse_variant('FFA_FP8FP8, V fp8={"v_cache_dtype": "fp8"}'))
     if options.uncounted:
         variants += [variant.uncounted() for variant in variants]
     if not options.no_peers:
@@ -118,7 +121,7 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
 def time_variants(variants: list[Variant], settings: Settings, results: Results) -> int:
     from vllm_ffa_fp8fp8.bench.serving_engine import time_rows
 
-    screen = console()
+    screen, failed = console(), False
     with tempfile.TemporaryDirectory() as folder:
         vocab_size = write_model(settings.model, Path(folder), **settings.changes)["vocab_size"]
         for variant in variants:
@@ -127,17 +130,25 @@ def time_variants(variants: list[Variant], settings: Settings, results: Results)
                 screen.print(f"{variant.name}: timed by an earlier run")
                 continue
             job = engine_job(variant, rows, settings, folder, vocab_size)
-            job["deltas"] = results.deltas(variant, rows, settings)
+            try:
+                job["deltas"] = results.deltas(variant, rows, settings)
+            except ValueError as error:
+                screen.print(str(error))
+                failed = True
+                continue
             answer = demo.watch(screen, variant.name, job, time_rows)
             if answer is None:
-                return 1
-            results.put(variant, settings, answer)
+                failed = True  # the other engines' figures still count
+            else:
+                results.put(variant, settings, answer)
     records = results.of(variants, settings)
+    if not records:
+        return 1
     screen.print(as_table(records))
     for note in notes(results.environment, records, settings):
         screen.print(note)
     screen.print(str(results.path))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
 
 EXTENSION = "vllm_ffa_fp8fp8.bench.serving_worker.BenchWorkerExtension"
 UNCOUNTED = ", not counting"
-PREFILL_CHUNK = 8192
+PREFILL_CHUNK = 16_384
+"""Tokens of a step: a few large steps, since prefill is not timed."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class Results:
         return [row for row in settings.rows if self._find(variant, row, settings) is None]
 
     def deltas(self, variant: Variant, rows: list, settings: Settings) -> list[float] | None:
-        """The deltas that its counting twin was steered to; None where there is none."""
+        """The deltas that the counting twin of such a variant was steered to; None for others.
+        Raises ValueError where the twin was not timed."""
         if not variant.name.endswith(UNCOUNTED) or settings.skip is None:
             return None
         twin = replace(
@@ -144,7 +146,10 @@ class Results:
             name=variant.name.removesuffix(UNCOUNTED),
             options={**variant.options, "record_skip_ratio": True},
         )
-        return [self._find(twin, row, settings)["delta"] for row in rows]
+        steered = [self._find(twin, row, settings) for row in rows]
+        if None in steered:
+            raise ValueError(f"{variant.name}: its counting twin was not timed")
+        return [record["delta"] for record in steered]
 
     def put(self, variant: Variant, settings: Settings, answer: dict[str, Any]) -> None:
         for row in answer["rows"]:
