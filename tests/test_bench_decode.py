@@ -14,7 +14,6 @@ from vllm_ffa_fp8fp8.bench.cells import (
     FA3_FP8,
     OURS,
     PEERS,
-    VALUE_BYTES,
     Cell,
     Figure,
     Geometry,
@@ -33,13 +32,9 @@ FASTEST = 0.95  # of the floor
 
 def fake_figure(cell: Cell, fraction: float = FASTEST) -> Figure:
     """A figure at so much of the floor; peers are at all of theirs."""
-    shape = cell.shape
-    if cell.series in PEERS:
-        floor = shape.elements * PEERS[cell.series] / BANDWIDTH
-        return Figure(floor, floor, 1.0, 1e-3, "code")
-    kept = 1.0 if cell.series == EXACT else shape.kept_blocks(cell.kept) / shape.pages
-    floor = shape.floor_bytes(kept, VALUE_BYTES[cell.value_dtype]) / BANDWIDTH
-    return Figure(floor / fraction, floor, kept, 1e-3, "code")
+    kept = cell.shape.kept_blocks(cell.kept) / cell.shape.pages if cell.series == OURS else 1.0
+    floor = cell.floor_bytes(kept) / BANDWIDTH
+    return Figure(floor / (1.0 if cell.series in PEERS else fraction), floor, kept, 1e-3, "code")
 
 
 def fake_figures(cells, fraction: float = FASTEST):
@@ -65,6 +60,10 @@ def test_floor_bytes(kept, value_bytes, bytes_an_element):
     elements = 8 * 32_768 * 8 * 128
     assert shape.elements == elements
     assert shape.floor_bytes(kept, value_bytes) == pytest.approx(elements * bytes_an_element)
+    cell = Cell(shape, OURS, "auto" if value_bytes == 2 else "fp8")
+    assert cell.floor_bytes(kept) == shape.floor_bytes(kept, value_bytes)
+    assert Cell(shape, FA3_BF16).floor_bytes(kept) == 4 * elements
+    assert Cell(shape, FA3_FP8).floor_bytes(kept) == 2 * elements
 
 
 def test_kept_blocks_include_the_first_and_the_last():
@@ -196,7 +195,7 @@ def test_report_shows_tables_and_plots(result_file, tmp_path, capsys):
     assert bench("--report", result_file, "--folder", tmp_path / "plots") == 0
     shown = capsys.readouterr().out
     assert "8 x 131,072" in shown and "0.10 waves=8" in shown and "exact" in shown
-    assert "NVIDIA H100 80GB HBM3; torch 2.11" in shown
+    assert "NVIDIA H100 80GB HBM3; torch 2.11" in shown and "3.10 TB/s" in shown
     assert "PASS" in shown and "not measured" in shown
     assert "figures come from earlier runs" in shown
     lines = [" ".join(line.split()) for line in shown.splitlines()]

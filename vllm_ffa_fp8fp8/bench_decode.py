@@ -5,6 +5,7 @@ same code on such a GPU.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 from vllm_ffa_fp8fp8 import environment
@@ -99,6 +100,7 @@ def measure(options: argparse.Namespace) -> int:
     cells = [c for c in cells if c.series not in sweep.PEERS or not missing_peers(head_size(c))]
     versions = sweep.environment()
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
+    start = time.monotonic()
     store = Store(options.folder, versions, options.fresh or options.profile)
     try:
         figures = sweep.sweep(
@@ -107,6 +109,8 @@ def measure(options: argparse.Namespace) -> int:
     except CheckFailed as error:
         print(f"Wrong output, so there is no report: {error}")
         return 1
+    measured = sum(not figure.cached for figure in figures.values())
+    print(f"{measured} of {len(figures)} cells measured in {time.monotonic() - start:.0f} s")
     if options.profile:
         print("\n".join(compiled_kernels()))
     return show(options, versions, figures)
@@ -143,6 +147,8 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
     """Tables, and pictures where matplotlib is installed."""
     from vllm_ffa_fp8fp8.bench import report
 
+    if not figures:
+        raise ValueError("There are no figures to show.")
     console = report.console()
     if not options.bars:
         for table in report.figure_tables(figures):

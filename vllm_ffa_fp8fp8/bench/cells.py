@@ -93,6 +93,12 @@ class Cell:
     kept: float = 1.0
     tuning: str = ""
 
+    def floor_bytes(self, kept: float) -> float:
+        """The least that it reads when a fraction of `kept` is kept; peers read everything."""
+        if self.series in PEERS:
+            return self.shape.elements * PEERS[self.series]
+        return self.shape.floor_bytes(kept, VALUE_BYTES[self.value_dtype])
+
 
 @dataclass(frozen=True)
 class Figure:

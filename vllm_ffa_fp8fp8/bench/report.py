@@ -99,6 +99,12 @@ def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:
     """Where the figures come from."""
     versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "gpu")
     notes = [f"{environment['gpu']}; {versions}."]
+    cell, figure = max(figures.items(), key=lambda item: item[1].floor_us)
+    bandwidth = cell.floor_bytes(figure.kept) / figure.floor_us
+    notes.append(
+        "Floor: bytes of the base, and of residual and V of what is kept, at the "
+        f"{bandwidth / 1e6:.2f} TB/s that a large sum reads."
+    )
     worst = max((figure.error for cell, figure in figures.items() if cell.series not in PEERS),
                 default=0.0)  # fmt: skip
     notes.append(f"Every output was checked first; our largest relative error is {worst:.1e}.")

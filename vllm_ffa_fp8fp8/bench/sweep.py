@@ -93,8 +93,8 @@ def measure(
             for cell in ours:
                 decoder = Decoder(shape, cell.series == OURS, parse_tuning(cell.tuning))
                 error, measured_kept = decoder.check(sets[0], planes[0])
-                floor = shape.floor_bytes(measured_kept, VALUE_BYTES[value_dtype]) / bandwidth
                 us = decoder.time(sets, planes)
+                floor = cell.floor_bytes(measured_kept) / bandwidth
                 yield cell, Figure(us, floor, measured_kept, error, codes[cell.series])
                 if tell_kernels:
                     tell_kernels(f"  {cell.series} {kept}: {decoder.profile(sets, planes)}")
@@ -102,6 +102,6 @@ def measure(
         for cell in due:
             if cell.series in PEERS:
                 us, error = time_peer(shape, sets, cell.series)
-                floor = shape.elements * PEERS[cell.series] / bandwidth
+                floor = cell.floor_bytes(1.0) / bandwidth
                 yield cell, Figure(us, floor, 1.0, error, codes[cell.series])
         del sets
