@@ -58,7 +58,9 @@ def time_rows(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any
                 "delta": delta,
             }
         )
-    return {"rows": results, "backend": llm.collective_rpc("ffa_backend_names")[0]}
+    backend = llm.collective_rpc("ffa_backend_names")[0]
+    llm.llm_engine.engine_core.shutdown()  # the next engine needs the memory
+    return {"rows": results, "backend": backend}
 
 
 class Row:
