@@ -155,7 +155,7 @@ def test_store_reuses_figures_of_the_same_code_only(tmp_path):
     assert Store(tmp_path, ENVIRONMENT).get(cell, "two") is None
     assert Store(tmp_path, ENVIRONMENT, fresh=True).get(cell, "one") is None
     assert Store(tmp_path, ENVIRONMENT | {"triton": "3.7"}).get(cell, "one") is None
-    other_gpu = Store(tmp_path, ENVIRONMENT | {"gpu": "NVIDIA H200"})
+    other_gpu = Store(tmp_path, ENVIRONMENT | {"gpu": "NVIDIA L40S"})
     assert other_gpu.path(MAIN) != first.path(MAIN)
     assert first.path(MAIN).name == "decode-nvidia-h100-80gb-hbm3-h32-kv8-d128-p64.json"
 

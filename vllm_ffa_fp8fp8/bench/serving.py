@@ -187,6 +187,7 @@ class Results:
             "options": variant.options,
             "target_skip": settings.skip if ours else None,
             "steps": list(settings.steps),
+            "repeats": settings.repeats,
             "code": code,
         }
 
