@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,16 @@ def token_counter(model: str) -> Any:
     return lambda text: len(tokenizer.encode(text).ids)
 
 
-def watch(console: Console, name: str, job: dict[str, Any]) -> dict[str, Any] | None:
-    """Runs one job, shows what it is doing, and shows its log only if it fails."""
+def watch(
+    console: Console, name: str, job: dict[str, Any], work: Callable | None = None
+) -> dict[str, Any] | None:
+    """Runs one job of `run_engine`, shows what it is doing, and its log only if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "vllm.log")
         start = time.monotonic()
         try:
             with console.status(name) as status:
-                for kind, value in run_engine(job, str(log)):
+                for kind, value in run_engine(job, str(log), work):
                     if kind == "result":
                         console.print(f"{name}: done in {time.monotonic() - start:.0f} s")
                         return value

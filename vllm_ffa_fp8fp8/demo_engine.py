@@ -1,10 +1,10 @@
-"""One run of vLLM for the demo, in its own process, so that its memory is free afterwards."""
+"""One run of vLLM, in its own process, so that its memory is free afterwards."""
 
 import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,11 +17,17 @@ ENVIRONMENT = {
 }
 
 
-def run_engine(job: dict[str, Any], log: str) -> Iterator[tuple[str, Any]]:
-    """Yields ("phase", text) as it goes on, then ("result", dict); RuntimeError if it fails."""
+def run_engine(
+    job: dict[str, Any], log: str, work: Callable | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yields ("phase", text) as it goes on, then ("result", dict); RuntimeError if it fails.
+
+    `work(job, tell)`, a function of a module, makes the result: `generate` where none is given.
+    `job["environment"]` may hold variables to set.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(job, log, sender))
+    process = context.Process(target=answer, args=(job, log, sender, work or generate))
     process.start()
     sender.close()
     try:
@@ -39,16 +45,17 @@ def run_engine(job: dict[str, Any], log: str) -> Iterator[tuple[str, Any]]:
         process.kill()
 
 
-def answer(job: dict[str, Any], log: str, sender: Connection) -> None:
+def answer(job: dict[str, Any], log: str, sender: Connection, work: Callable) -> None:
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # The job names the backend. The other variables of the user stay as they are.
     os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+    os.environ.update(job.get("environment", {}))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        sender.send(("result", generate(job, lambda text: sender.send(("phase", text)))))
+        sender.send(("result", work(job, lambda text: sender.send(("phase", text)))))
     except Exception as error:
         traceback.print_exc()
         sender.send(("error", f"{type(error).__name__}: {error}"))

@@ -1,0 +1,24 @@
+"""The serving benchmark through a real engine, on the CPU and at a tiny shape."""
+
+import pytest
+from vllm.platforms import current_platform
+
+from vllm_ffa_fp8fp8.bench.model_shapes import write_model
+from vllm_ffa_fp8fp8.bench.serving import Settings, engine_job, parse_variant
+from vllm_ffa_fp8fp8.bench.serving_engine import time_rows
+from vllm_ffa_fp8fp8.demo_engine import run_engine
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
+
+
+def test_a_row_is_timed_at_the_wanted_skip_ratio(tmp_path):
+    settings = Settings("tiny", ((1, 1500),), 0.8, (2, 4), 1, 0.9, on_gpu=False)
+    vocab_size = write_model("tiny", tmp_path)["vocab_size"]
+    variant = parse_variant('FFA_FP8FP8={"block_size": 16}')
+    job = engine_job(variant, list(settings.rows), settings, str(tmp_path), vocab_size)
+    *_, (kind, result) = run_engine(job, str(tmp_path / "log"), time_rows)
+    assert kind == "result" and result["backend"] == "FFA_FP8FP8"
+    (row,) = result["rows"]
+    assert (row["batch"], row["tokens"]) == (1, 1500)
+    assert row["skip"] == pytest.approx(0.8, abs=0.03)
+    assert row["delta"] < 0  # a usual delta skips nothing with dummy weights

@@ -1,0 +1,134 @@
+"""What the decode benchmark plants, checks and varies, in the interpreter."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vllm_ffa_fp8fp8.bench import decoder as decoder_module
+from vllm_ffa_fp8fp8.bench import peers, sweep
+from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, OURS, Cell, Figure, Geometry, Shape
+from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
+from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, supports_fp8_value, write_cache
+from vllm_ffa_fp8fp8.bench.store import Store
+from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
+from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
+
+SHAPE = Shape(Geometry(8, 2, 64, 64), 2, 500)
+FEW_ITEMS = {"programs_per_processor": 1, "waves": 1}
+VALUE_DTYPES = ["auto", "fp8"] if supports_fp8_value() else ["auto"]
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_inputs(SHAPE, 0.5, seed=0, device="cpu")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_planted_blocks_are_kept(kept, head_size):
+    shape = Shape(Geometry(8, 2, head_size, 64), 3, 900)
+    inputs = make_inputs(shape, kept, seed=1, device="cpu")
+    _, blocks = decode_attention_reference(
+        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens,
+        block_size=64, scale=head_size**-0.5, delta=torch.tensor([decoder_module.DELTA]),
+    )  # fmt: skip
+    for flags in blocks:
+        assert flags.sum(1).tolist() == [shape.kept_blocks(kept)] * 2
+
+
+def write_reference(inputs):
+    from vllm_ffa_fp8fp8.kernels.page_layout import PageLayout
+    from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
+
+    num_pages, page_size, num_kv_heads, head_size = inputs.key.shape
+    layout = PageLayout(head_size, inputs.key.dtype)
+    cache = torch.empty(
+        (num_pages, num_kv_heads, page_size, layout.bytes_per_token), dtype=torch.uint8
+    )
+    planes = layout.split(cache)
+    slots = torch.arange(num_pages * page_size)
+    write_kv_reference(inputs.key.flatten(0, 1), inputs.value.flatten(0, 1), planes, slots)
+    return planes
+
+
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("prune", [True, False])
+def test_check_measures_the_kept_fraction(inputs, prune, value_dtype):
+    planes = write_cache(inputs, value_dtype)
+    error, kept = Decoder(SHAPE, prune, FEW_ITEMS, "cpu").check(inputs, planes)
+    assert error < 1e-3
+    assert kept == (0.5 if prune else 1.0)
+
+
+def test_check_rejects_a_wrong_output(inputs, monkeypatch):
+    monkeypatch.setattr(Decoder, "launch", lambda self, i, p, output, counters: output.zero_())
+    with pytest.raises(CheckFailed, match="error"):
+        Decoder(SHAPE, True, {}, "cpu").check(inputs, write_reference(inputs))
+
+
+def test_dense_reference_of_the_peers(inputs):
+    planes = write_reference(inputs)
+    expected, _ = decode_attention_reference(
+        inputs.query[:1], planes, inputs.block_table[:1], inputs.seq_lens[:1],
+        block_size=64, scale=0.125, delta=None,
+    )  # fmt: skip
+    tensors = [getattr(inputs, field.name) for field in dataclasses.fields(inputs)]
+    assert relative_error(peers.dense_reference(*tensors, scale=0.125), expected) < 1e-4
+
+
+def test_every_tuning_field_can_be_varied():
+    for field in dataclasses.fields(DecodeTuning):
+        value = getattr(DecodeTuning(), field.name)
+        assert sweep.parse_tuning(f"{field.name}={value}") == {field.name: value}
+    assert sweep.parse_tuning("") == {}
+    assert sweep.parse_tuning("waves=8,overlap_launches=False") == {
+        "waves": 8,
+        "overlap_launches": False,
+    }
+    for wrong in ("wavs=8", "waves", "waves=many"):
+        with pytest.raises(ValueError, match=wrong):
+            sweep.parse_tuning(wrong)
+
+
+def test_small_shapes_have_several_sets():
+    assert num_sets(Shape(Geometry(), 8, 131_072)) == 1
+    assert 1 < num_sets(Shape(Geometry(), 1, 32_768)) < num_sets(Shape(Geometry(), 1, 1024)) <= 48
+
+
+@pytest.fixture
+def timed_shapes(monkeypatch):
+    """Sweeps without a GPU; what is measured is listed."""
+    measured = []
+
+    def measure(cells, bandwidth, codes, tell_kernels):
+        measured.append([cell.series for cell in cells])
+        for cell in cells:
+            yield cell, Figure(10.0, 8.0, cell.kept, 1e-3, codes[cell.series])
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr(sweep, "read_bandwidth", lambda: 3e6)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return measured
+
+
+def test_sweep_measures_what_the_store_lacks(tmp_path, timed_shapes, monkeypatch):
+    environment = {"gpu": "A GPU"}
+    cells = [Cell(SHAPE, OURS, kept=0.5), Cell(SHAPE, EXACT), Cell(SHAPE, FA3_BF16)]
+    lines = []
+    first = sweep.sweep(cells, Store(tmp_path, environment), lines.append)
+    assert timed_shapes == [[OURS, EXACT, FA3_BF16]]
+    assert not any(figure.cached for figure in first.values())
+    again = sweep.sweep(cells, Store(tmp_path, environment), lines.append)
+    assert len(timed_shapes) == 1 and again == first
+    assert all(figure.cached for figure in again.values())
+    fresh = sweep.sweep(cells, Store(tmp_path, environment, fresh=True), lines.append)
+    assert len(timed_shapes) == 2
+    assert not any(figure.cached for figure in fresh.values())
+    # other kernels: the peer's figure still stands
+    known = sweep.code_fingerprint
+    monkeypatch.setattr(
+        sweep, "code_fingerprint", lambda s: known(s) if s == FA3_BF16 else "changed"
+    )
+    sweep.sweep(cells, Store(tmp_path, environment), lines.append)
+    assert timed_shapes[2:] == [[OURS, EXACT]]

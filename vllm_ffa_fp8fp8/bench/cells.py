@@ -1,0 +1,157 @@
+"""What is timed, and what came out: plain data, which needs neither a GPU nor torch."""
+
+from dataclasses import dataclass, field
+
+OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
+PEERS = {FA3_BF16: 4, FA3_FP8: 2}
+"""Other kernels, and the bytes that they read for an element of K and its V."""
+VALUE_BYTES = {"auto": 2, "fp8": 1}
+"""Bytes of an element of V by its dtype: the model's 16-bit one, or E4M3."""
+
+
+@dataclass(frozen=True, order=True)
+class Geometry:
+    """Heads and pages of a model."""
+
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    page_size: int = 64
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def __str__(self) -> str:
+        return f"h{self.num_heads}-kv{self.num_kv_heads}-d{self.head_size}-p{self.page_size}"
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One decode batch: `batch` requests of `seq_len` tokens, one query token each."""
+
+    geometry: Geometry
+    batch: int
+    seq_len: int
+
+    @classmethod
+    def parse(cls, text: str, geometry: Geometry) -> "Shape":
+        """From `8x32768`: batch x tokens."""
+        batch, _, seq_len = text.partition("x")
+        if not (batch.isdigit() and seq_len.isdigit() and int(batch) and int(seq_len)):
+            raise ValueError(f"shape {text!r} is not BATCHxTOKENS, such as 8x32768")
+        return cls(geometry, int(batch), int(seq_len))
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    @property
+    def pages(self) -> int:
+        """Pages of one request, which are also its blocks."""
+        return -(-self.seq_len // self.geometry.page_size)
+
+    def kept_blocks(self, kept: float) -> int:
+        """Blocks of a request and KV head that are kept for a fraction of `kept`; the first and
+        the last one always are."""
+        return min(self.pages, max(2, round(kept * self.pages)))
+
+    @property
+    def elements(self) -> int:
+        """Elements of K in the cache, as many as of V."""
+        return self.tokens * self.geometry.num_kv_heads * self.geometry.head_size
+
+    def floor_bytes(self, kept: float, value_bytes: int = 2) -> float:
+        """The least to read: base of all blocks; residual and V of the kept ones."""
+        return self.elements * (1 + (1 + value_bytes) * kept)
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.seq_len:,}"
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One figure to measure. Peers know neither `kept` nor `tuning`: they are timed once a shape.
+
+    Args:
+        series: ours, exact (`delta = None`), fa3_bf16 or fa3_fp8.
+        value_dtype: auto or fp8.
+        kept: fraction of the blocks to plant as hot.
+        tuning: changes to the launch parameters, `name=value,...`.
+    """
+
+    shape: Shape
+    series: str
+    value_dtype: str = "auto"
+    kept: float = 1.0
+    tuning: str = ""
+
+    def floor_bytes(self, kept: float) -> float:
+        """The least that it reads when a fraction of `kept` is kept; peers read everything."""
+        if self.series in PEERS:
+            return self.shape.elements * PEERS[self.series]
+        return self.shape.floor_bytes(kept, VALUE_BYTES[self.value_dtype])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a cell took.
+
+    Args:
+        us: median microseconds of one launch.
+        floor_us: microseconds to read the floor's bytes at the bandwidth measured in that run.
+        kept: fraction of the blocks that was kept, as counted on the device.
+        error: relative error against the float32 reference.
+        code: fingerprint of the code that was timed.
+        cached: whether it comes from an earlier run.
+    """
+
+    us: float
+    floor_us: float
+    kept: float
+    error: float
+    code: str
+    cached: bool = field(default=False, compare=False)
+
+    @property
+    def floor_fraction(self) -> float:
+        return self.floor_us / self.us
+
+
+Figures = dict[Cell, Figure]
+
+
+def over(figures: Figures, cell: Cell, peer: str) -> float | None:
+    """How many times faster than `peer` the cell is; None where the peer was not timed."""
+    theirs = figures.get(Cell(cell.shape, peer))
+    return theirs.us / figures[cell].us if theirs else None
+
+
+def plan_cells(
+    shapes: list[Shape],
+    kept_fractions: list[float],
+    value_dtypes: list[str],
+    tunings: list[str],
+    peers: bool = True,
+) -> list[Cell]:
+    """All cells of a sweep. Fractions that come to the same number of blocks are timed once."""
+    cells = []
+    for shape in shapes:
+        by_blocks = {shape.kept_blocks(kept): kept for kept in reversed(kept_fractions)}
+        for value_dtype in value_dtypes:
+            for tuning in tunings:
+                cells += [
+                    Cell(shape, OURS, value_dtype, kept, tuning)
+                    for kept in sorted(by_blocks.values(), reverse=True)
+                ]
+                cells.append(Cell(shape, EXACT, value_dtype, tuning=tuning))
+        if peers:
+            cells += [Cell(shape, peer) for peer in PEERS]
+    return cells

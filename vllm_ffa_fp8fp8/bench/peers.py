@@ -1,0 +1,95 @@
+"""FlashAttention 3 as vLLM calls it in decode, with a bf16 and with an fp8 cache."""
+
+import torch
+
+from vllm_ffa_fp8fp8.bench.cells import FA3_FP8, Shape
+from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, relative_error
+from vllm_ffa_fp8fp8.bench.inputs import Inputs
+from vllm_ffa_fp8fp8.bench.timing import time_graph
+
+HEAD_SIZES = (64, 96, 128, 192, 256)
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float8_e4m3fn: 1e-1}
+SPLITS = (0, 32)  # FlashAttention's own choice; vLLM's, with a schedule made beforehand
+
+
+def missing_peers(head_size: int) -> str | None:
+    """Why FlashAttention 3 cannot run here, or None."""
+    try:
+        from vllm.vllm_flash_attn.flash_attn_interface import (
+            fa_version_unsupported_reason,
+            is_fa_version_supported,
+        )
+    except (ImportError, AssertionError) as error:
+        return f"vLLM's FlashAttention is missing: {error}"
+    if not is_fa_version_supported(3):
+        return f"no FlashAttention 3 here: {fa_version_unsupported_reason(3)}"
+    if head_size not in HEAD_SIZES:
+        return f"FlashAttention 3 has no head size {head_size}"
+    return None
+
+
+def time_peer(shape: Shape, sets: list[Inputs], peer: str) -> tuple[float, float]:
+    """Microseconds of the better of two schedules, and the relative error of its output.
+
+    Raises CheckFailed where an output is wrong.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    dtype = torch.float8_e4m3fn if peer == FA3_FP8 else torch.bfloat16
+    geometry, device = shape.geometry, sets[0].query.device
+    cu_query_lens = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
+    descale = None
+    if peer == FA3_FP8:
+        descale = torch.ones(shape.batch, geometry.num_kv_heads, device=device)
+    tensors = [
+        (s.query.to(dtype), s.key.to(dtype), s.value.to(dtype), s.block_table, s.seq_lens)
+        for s in sets
+    ]
+    outputs = [torch.full_like(s.query, float("nan")) for s in sets]
+
+    def launch(query, key, value, block_table, seq_lens, output, schedule):
+        flash_attn_varlen_func(
+            query, key, value, 1, cu_query_lens, shape.seq_len, seqused_k=seq_lens,
+            softmax_scale=geometry.head_size**-0.5, causal=True, block_table=block_table,
+            out=output, fa_version=3, q_descale=descale, k_descale=descale, v_descale=descale,
+            **schedule,
+        )  # fmt: skip
+
+    expected = dense_reference(*tensors[0], scale=geometry.head_size**-0.5)
+    times, errors = [], []
+    for splits in SPLITS:
+        schedule = {}
+        if splits:
+            metadata = get_scheduler_metadata(
+                batch_size=shape.batch, max_seqlen_q=1, max_seqlen_k=shape.seq_len,
+                num_heads_q=geometry.num_heads, num_heads_kv=geometry.num_kv_heads,
+                headdim=geometry.head_size, cache_seqlens=sets[0].seq_lens, qkv_dtype=dtype,
+                cu_seqlens_q=cu_query_lens, page_size=geometry.page_size, causal=True,
+                num_splits=splits,
+            )  # fmt: skip
+            schedule = {"scheduler_metadata": metadata, "num_splits": splits}
+        launch(*tensors[0], outputs[0], schedule)
+        errors.append(relative_error(outputs[0][:1], expected))
+        if not errors[-1] < TOLERANCE[dtype]:
+            raise CheckFailed(f"{shape}: {peer} is wrong, error {errors[-1]:.1e}")
+        times.append(
+            time_graph(
+                [
+                    lambda t=t, o=o, s=schedule: launch(*t, o, s)
+                    for t, o in zip(tensors, outputs, strict=True)
+                ]
+            )
+        )
+    return min(zip(times, errors, strict=True))
+
+
+def dense_reference(query, key, value, block_table, seq_lens, scale: float) -> torch.Tensor:
+    """Attention of the first request in float32, `[1, num_heads, head_size]`."""
+    pages, seq_len = block_table[0].long(), int(seq_lens[0])
+    num_heads, num_kv_heads = query.shape[1], key.shape[2]
+    output = []
+    for head, rows in enumerate(query[0].float().view(num_kv_heads, num_heads // num_kv_heads, -1)):
+        keys = key[pages][..., head, :].flatten(0, 1)[:seq_len].float()
+        values = value[pages][..., head, :].flatten(0, 1)[:seq_len].float()
+        output.append(torch.softmax(rows @ keys.T * scale, dim=-1) @ values)
+    return torch.cat(output)[None]

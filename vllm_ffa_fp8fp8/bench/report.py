@@ -1,0 +1,120 @@
+"""Figures as tables."""
+
+import sys
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ffa_fp8fp8.bench.bars import judge
+from vllm_ffa_fp8fp8.bench.cells import (
+    EXACT,
+    FA3_BF16,
+    FA3_FP8,
+    PEERS,
+    Cell,
+    Figure,
+    Figures,
+    over,
+)
+
+NAMES = {FA3_BF16: "FA3 bf16", FA3_FP8: "FA3 fp8"}
+CACHED = "*"
+
+
+def console() -> Console:
+    """As wide as the terminal; wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def table(title: str, *headings: str) -> Table:
+    """A table that reads as Markdown where it is copied."""
+    result = Table(title=title, title_justify="left", box=box.MARKDOWN)
+    for heading in headings:
+        result.add_column(heading, no_wrap=True)
+    return result
+
+
+def microseconds(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure.us:,.1f}{CACHED if figure.cached else ''}"
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def figure_tables(figures: Figures) -> list[Table]:
+    """A table for each geometry, a row for each cell of ours."""
+    ours = sorted((c for c in figures if c.series not in PEERS), key=_order)
+    return [
+        _figure_table(str(geometry), list(cells), figures)
+        for geometry, cells in groupby(ours, key=lambda cell: cell.shape.geometry)
+    ]
+
+
+def _order(cell: Cell) -> tuple:
+    return (cell.shape, cell.value_dtype, cell.series == EXACT, -cell.kept, cell.tuning)
+
+
+def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
+    result = table(
+        f"Decode attention, {geometry}, microseconds", "batch x tokens", "V", "kept", "floor",
+        "FFA_FP8FP8 (of the floor)", *NAMES.values(), "over bf16", "over fp8",
+    )  # fmt: skip
+    for cell in cells:
+        figure = figures[cell]
+        kept = "exact" if cell.series == EXACT else f"{figure.kept:.2f}"
+        result.add_row(
+            str(cell.shape),
+            cell.value_dtype,
+            f"{kept} {cell.tuning}".strip(),
+            f"{figure.floor_us:,.1f}",
+            f"{microseconds(figure)} ({figure.floor_fraction:.2f})",
+            *(microseconds(figures.get(Cell(cell.shape, peer))) for peer in NAMES),
+            *(ratio(over(figures, cell, peer)) for peer in NAMES),
+        )
+    return result
+
+
+def bar_table(figures: Figures) -> Table:
+    """PASS or miss for each bar, with the worst figure and where it was measured."""
+    result = table("Bars", "cells", "least", "figure", "", "measured at")
+    for verdict in judge(figures):
+        bar, cell = verdict.bar, verdict.cell
+        against = f"x {NAMES[bar.against]}" if bar.against in NAMES else bar.against
+        where = ""
+        if cell:
+            kept = "exact" if cell.series == EXACT else f"kept {figures[cell].kept:.2f}"
+            where = f"{cell.shape}, {kept}{CACHED if figures[cell].cached else ''}"
+        least = against if bar.at_least is None else f"{bar.at_least:.2f} {against}"
+        style = {"PASS": "green", "miss": "red"}.get(verdict.word)
+        result.add_row(bar.what, least, ratio(verdict.figure), verdict.word, where, style=style)
+    return result
+
+
+def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:
+    """Where the figures come from."""
+    versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "gpu")
+    notes = [f"{environment['gpu']}; {versions}."]
+    cell, figure = max(figures.items(), key=lambda item: item[1].floor_us)
+    bandwidth = cell.floor_bytes(figure.kept) / figure.floor_us
+    notes.append(
+        "Floor: bytes of the base, and of residual and V of what is kept, at the "
+        f"{bandwidth / 1e6:.2f} TB/s that a large sum reads."
+    )
+    worst = max((figure.error for cell, figure in figures.items() if cell.series not in PEERS),
+                default=0.0)  # fmt: skip
+    notes.append(f"Every output was checked first; our largest relative error is {worst:.1e}.")
+    cached = sum(figure.cached for figure in figures.values())
+    if cached:
+        notes.append(
+            f"{CACHED} {cached} of {len(figures)} figures come from earlier runs on such a GPU; "
+            "--fresh measures them again, side by side."
+        )
+    codes = {figure.code for cell, figure in figures.items() if cell.series not in PEERS}
+    if len(codes) > 1:
+        notes.append(f"Our figures come from {len(codes)} versions of the code.")
+    return notes

@@ -1,0 +1,238 @@
+"""What `bench-serving` times, and its figures: plain data, engine arguments, a table."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vllm_ffa_fp8fp8.bench.report import CACHED, ratio, table
+from vllm_ffa_fp8fp8.bench.store import fingerprint
+from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
+
+EXTENSION = "vllm_ffa_fp8fp8.bench.serving_worker.BenchWorkerExtension"
+UNCOUNTED = ", not counting"
+PREFILL_CHUNK = 16_384
+"""Tokens of a step: a few large steps, since prefill is not timed."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An engine to time.
+
+    Args:
+        llm: its arguments of `LLM`.
+        options: of FFA_FP8FP8; None for another backend.
+    """
+
+    name: str
+    llm: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts the blocks that it skips."""
+        return self.options is not None and self.options["record_skip_ratio"]
+
+    def uncounted(self) -> "Variant":
+        """The same without counting, which steering needs."""
+        options = {**self.options, "record_skip_ratio": False}
+        return replace(self, name=self.name + UNCOUNTED, options=options)
+
+
+FLASH = {"attention_backend": "FLASH_ATTN"}
+BF16 = Variant("FLASH_ATTN bf16", FLASH)
+FP8 = Variant("FLASH_ATTN fp8", FLASH | {"kv_cache_dtype": "fp8"})
+PEERS = (BF16, FP8)
+
+
+def parse_variant(text: str) -> Variant:
+    """From `NAME={"option": value}`: FFA_FP8FP8 with such options. Raises ValueError."""
+    name, _, options = text.partition("=")
+    try:
+        options = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{text!r} is not NAME=JSON: {error}") from None
+    FFAConfig.load(overrides=options)
+    options = {"record_skip_ratio": True} | options
+    return Variant(name, {"attention_backend": "FFA_FP8FP8"}, options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all variants are timed.
+
+    Args:
+        model: its name in `MODELS`; `changes`: to its configuration.
+        rows: batch and prompt tokens of each.
+        skip: the skip ratio to steer FFA_FP8FP8 to; None leaves delta as it is.
+        steps: a small and a large number of output tokens, whose times are subtracted.
+        memory: the part of the GPU's memory that an engine may use.
+    """
+
+    model: str
+    rows: tuple[tuple[int, int], ...]
+    skip: float | None
+    steps: tuple[int, int]
+    repeats: int
+    memory: float
+    on_gpu: bool
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def engine_job(
+    variant: Variant, rows: list, settings: Settings, folder: str, vocab_size: int
+) -> dict[str, Any]:
+    """The job of `serving_engine.time_rows`."""
+    batches = sorted({batch for batch, _ in settings.rows})
+    llm = {
+        "model": folder,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "max_num_seqs": batches[-1],
+        "max_num_batched_tokens": PREFILL_CHUNK,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "worker_extension_cls": EXTENSION,
+    } | variant.llm
+    if variant.options is not None:
+        llm["additional_config"] = {ADDITIONAL_CONFIG_KEY: variant.options}
+    if settings.on_gpu:
+        llm["gpu_memory_utilization"] = settings.memory
+        llm["compilation_config"] = {"cudagraph_capture_sizes": batches}
+    else:
+        llm["enforce_eager"] = True
+    return {
+        "llm": llm,
+        "rows": rows,
+        "steps": settings.steps,
+        "repeats": settings.repeats,
+        "vocab_size": vocab_size,
+        "counts": variant.counts,
+        "skip": settings.skip if variant.counts else None,
+        "deltas": None,
+        # as in production: scheduling overlaps with the device's work
+        "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if settings.on_gpu else {},
+    }
+
+
+class Results:
+    """Figures in a JSON file, a record for each variant and row. A file of other versions is
+    replaced."""
+
+    def __init__(self, path: Path, environment: dict[str, Any], fresh: bool = False):
+        self.path, self.environment = path, environment
+        self._records: list[dict[str, Any]] = []
+        self._new: list[dict[str, Any]] = []
+        if path.is_file():
+            content = json.loads(path.read_text())
+            if content["environment"] == environment:
+                self._records = content["records"]
+        self.fresh = fresh
+
+    def missing(self, variant: Variant, settings: Settings) -> list[tuple[int, int]]:
+        """The rows that no earlier run timed with the same code and settings."""
+        return [row for row in settings.rows if self._find(variant, row, settings) is None]
+
+    def deltas(self, variant: Variant, rows: list, settings: Settings) -> list[float] | None:
+        """The deltas that the counting twin of such a variant was steered to; None for others.
+        Raises ValueError where the twin was not timed."""
+        if not variant.name.endswith(UNCOUNTED) or settings.skip is None:
+            return None
+        twin = replace(
+            variant,
+            name=variant.name.removesuffix(UNCOUNTED),
+            options={**variant.options, "record_skip_ratio": True},
+        )
+        steered = [self._find(twin, row, settings) for row in rows]
+        if None in steered:
+            raise ValueError(f"{variant.name}: its counting twin was not timed")
+        return [record["delta"] for record in steered]
+
+    def put(self, variant: Variant, settings: Settings, answer: dict[str, Any]) -> None:
+        for row in answer["rows"]:
+            key = self._key(variant, (row["batch"], row["tokens"]), settings)
+            figures = {"ms": round(row["ms"], 3), "all_ms": [round(ms, 3) for ms in row["all_ms"]]}
+            record = key | figures | {name: row[name] for name in ("skip", "delta")}
+            record |= {"backend": answer["backend"], "counts": variant.counts}
+            self._records = [old for old in self._records if not key.items() <= old.items()]
+            self._records.append(record)
+            self._new.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(map(json.dumps, self._records))
+        environment = json.dumps(self.environment)
+        self.path.write_text(f'{{"environment": {environment},\n"records": [\n{lines}\n]}}\n')
+
+    def of(self, variants: list[Variant], settings: Settings) -> list[dict[str, Any]]:
+        """Records of all rows and variants, by row; `cached` tells those of earlier runs."""
+        found = [self._find(v, row, settings) for row in settings.rows for v in variants]
+        return [record | {"cached": record not in self._new} for record in found if record]
+
+    def _find(self, variant: Variant, row, settings: Settings) -> dict[str, Any] | None:
+        key = self._key(variant, row, settings)
+        records = self._new if self.fresh else self._records
+        return next((record for record in records if key.items() <= record.items()), None)
+
+    @staticmethod
+    def _key(variant: Variant, row, settings: Settings) -> dict[str, Any]:
+        ours = variant.options is not None
+        code = fingerprint("vllm_ffa_fp8fp8", "vllm_ffa_fp8fp8.kernels") if ours else ""
+        return {
+            "variant": variant.name,
+            "batch": row[0],
+            "tokens": row[1],
+            "llm": variant.llm,
+            "options": variant.options,
+            "target_skip": settings.skip if ours else None,
+            "steps": list(settings.steps),
+            "repeats": settings.repeats,
+            "code": code,
+        }
+
+
+def as_table(records: list[dict[str, Any]]) -> Table:
+    """A row for each record, with the ratios over FLASH_ATTN at the same batch and length."""
+    result = table(
+        "Time per output token, milliseconds", "batch x tokens", "engine", "ms", "skipped",
+        "over bf16", "over fp8",
+    )  # fmt: skip
+    for record in records:
+        row = (record["batch"], record["tokens"])
+        skip = record["skip"]
+        result.add_row(
+            f"{row[0]} x {row[1]:,}",
+            record["variant"],
+            f"{record['ms']:.2f}{CACHED if record['cached'] else ''}",
+            "-" if skip is None else f"{skip:.3f}",
+            *(ratio(_over(records, record, row, peer.name)) for peer in PEERS),
+        )
+    return result
+
+
+def _over(records: list, record: dict[str, Any], row: tuple[int, int], peer: str) -> float | None:
+    for other in records:
+        if other["variant"] == peer and (other["batch"], other["tokens"]) == row:
+            return other["ms"] / record["ms"]
+    return None
+
+
+def notes(environment: dict[str, Any], records: list, settings: Settings) -> list[str]:
+    """Conditions of the figures."""
+    versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "gpu")
+    few, many = settings.steps
+    result = [
+        f"{environment['gpu']}; {versions}; {settings.model} with dummy weights.",
+        f"Median of {settings.repeats}: (time of {many} tokens - time of {few}) / {many - few}, "
+        "prompts in the prefix cache.",
+    ]
+    if settings.skip is not None:
+        result.append(
+            "Skipped: as counted while timed; counting costs some of the time. Rows of engines "
+            f"named '{UNCOUNTED.strip(', ')}' ran at the same delta without it."
+        )
+    cached = sum(record["cached"] for record in records)
+    if cached:
+        result.append(f"{CACHED} {cached} of {len(records)} figures come from earlier runs.")
+    return result

@@ -1,0 +1,105 @@
+"""One engine's part of `bench-serving`, in its own process: times rows of batch x tokens."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm_ffa_fp8fp8.bench.steering import steer
+
+PROBE_TOKENS = 4
+
+
+def time_rows(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Milliseconds per output token of each row.
+
+    Args:
+        job: `llm` (arguments of `LLM`), `rows` (`[batch, tokens]` each), `steps` (a small and a
+            large number of output tokens), `repeats`, `vocab_size`, `counts` (whether skips are
+            counted), `skip` (the skip ratio to steer for, or None), `deltas` (a delta a row
+            instead of steering, or None).
+    """
+    tell("importing vLLM")
+    from vllm import LLM
+
+    tell("loading the model")
+    llm = LLM(**job["llm"])
+    longest = max(tokens for _, tokens in job["rows"])
+    prompts = [
+        random.Random(seed).choices(range(10, job["vocab_size"]), k=longest)
+        for seed in range(max(batch for batch, _ in job["rows"]))
+    ]
+    results = []
+    for index, (batch, tokens) in enumerate(job["rows"]):
+        delta = job["deltas"][index] if job["deltas"] else None
+        row = Row(llm, [prompt[:tokens] for prompt in prompts[:batch]])
+        tell(f"{batch} x {tokens:,}: prefill")
+        row.generate(1)
+        if delta is not None:
+            row.set_delta(delta)
+        elif job["skip"] is not None:
+            tell(f"{batch} x {tokens:,}: steering the skip ratio to {job['skip']:g}")
+            delta, _ = steer(row.measure_skip, job["skip"])
+            row.set_delta(delta)
+        tell(f"{batch} x {tokens:,}: timing")
+        row.generate(job["steps"][0])
+        if job["counts"]:
+            row.read_skip()
+        times = [row.token_milliseconds(*job["steps"]) for _ in range(job["repeats"])]
+        skip = row.read_skip() if job["counts"] else None
+        results.append(
+            {
+                "batch": batch,
+                "tokens": tokens,
+                "ms": statistics.median(times),
+                "all_ms": times,
+                "skip": skip,
+                "delta": delta,
+            }
+        )
+    backend = llm.collective_rpc("ffa_backend_names")[0]
+    llm.llm_engine.engine_core.shutdown()  # the next engine needs the memory
+    return {"rows": results, "backend": backend}
+
+
+class Row:
+    """Requests that are generated for together; their prompts stay in the prefix cache."""
+
+    def __init__(self, llm: Any, prompts: list[list[int]]):
+        self.llm = llm
+        self.prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+
+    def generate(self, num_tokens: int) -> float:
+        """Seconds for `num_tokens` output tokens of each request."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        outputs = self.llm.generate(self.prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
+        return seconds
+
+    def token_milliseconds(self, few: int, many: int) -> float:
+        """Of a steady decode step: the prefill of the last page cancels out."""
+        shorter = self.generate(few)
+        return (self.generate(many) - shorter) / (many - few) * 1e3
+
+    def set_delta(self, delta: float) -> None:
+        builders = self.llm.collective_rpc("ffa_set_delta", args=(delta,))
+        assert all(builders), "no metadata builder has a delta to set"
+
+    def read_skip(self) -> float | None:
+        """Skip ratio since the last reading; None where nothing was counted."""
+        counts = self.llm.collective_rpc("ffa_skip_stats")
+        total = sum(count["total_blocks"] for count in counts)
+        return 1 - sum(count["kept_blocks"] for count in counts) / total if total else None
+
+    def measure_skip(self, delta: float) -> float:
+        self.set_delta(delta)
+        self.read_skip()
+        self.generate(PROBE_TOKENS)
+        return self.read_skip() or 0.0

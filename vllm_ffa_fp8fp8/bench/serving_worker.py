@@ -1,0 +1,31 @@
+"""What `bench-serving` asks of a worker, through `worker_extension_cls`."""
+
+import torch
+
+from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
+from vllm_ffa_fp8fp8.stats import WorkerExtension
+
+
+class BenchWorkerExtension(WorkerExtension):
+    """For measurements only: an engine's delta is fixed in use."""
+
+    @torch.inference_mode()  # the tensors were made in it
+    def ffa_set_delta(self, delta: float) -> int:
+        """Sets delta, log2 units, in place, so that CUDA graphs see it; returns how many metadata
+        builders took it."""
+        builders = [
+            builder
+            for groups in self.model_runner.attn_groups
+            for group in groups
+            for builder in group.metadata_builders
+            if isinstance(builder, FFAFP8FP8MetadataBuilder) and builder.delta is not None
+        ]
+        for builder in builders:
+            builder.delta.fill_(delta)
+            builder.delta.tolist()  # waits for it
+        return len(builders)
+
+    def ffa_backend_names(self) -> str:
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        attention = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
+        return ", ".join(sorted({layer.get_attn_backend().get_name() for layer in attention}))

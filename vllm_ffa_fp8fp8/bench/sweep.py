@@ -1,0 +1,107 @@
+"""Measures cells on the GPU, shape by shape, as far as the store does not have them."""
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+
+import torch
+
+from vllm_ffa_fp8fp8.bench.cells import EXACT, OURS, PEERS, VALUE_BYTES, Cell, Figure, Figures
+from vllm_ffa_fp8fp8.bench.decoder import Decoder
+from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
+from vllm_ffa_fp8fp8.bench.peers import time_peer
+from vllm_ffa_fp8fp8.bench.store import Store, code_fingerprint
+from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
+from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
+
+
+def parse_tuning(text: str) -> dict[str, object]:
+    """Changes to `DecodeTuning` from `name=value,...`; ValueError names what is wrong."""
+    known = [field.name for field in fields(DecodeTuning)]
+    changes = {}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        if name not in known:
+            raise ValueError(f"no launch parameter {name!r} in {item!r}: {', '.join(known)}")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{item!r} is not name=value with a number or True/False") from None
+    return changes
+
+
+def environment() -> dict[str, str]:
+    """What figures depend on besides our code."""
+    import triton
+    import vllm
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "vllm": vllm.__version__,
+    }
+
+
+def sweep(
+    cells: Iterable[Cell], store: Store, tell: Callable[[str], None], profile: bool = False
+) -> Figures:
+    """The figures of `cells`, from the store or measured now. Raises CheckFailed."""
+    codes = {series: code_fingerprint(series) for series in (OURS, EXACT, *PEERS)}
+    figures, bandwidth = {}, None
+    by_shape: dict = {}
+    for cell in cells:
+        by_shape.setdefault(cell.shape, []).append(cell)
+    for shape, wanted in by_shape.items():
+        for cell in wanted:
+            figures[cell] = store.get(cell, codes[cell.series])
+        missing = [cell for cell in wanted if figures[cell] is None]
+        if not missing:
+            continue
+        if bandwidth is None:
+            bandwidth = read_bandwidth()
+            tell(f"read bandwidth {bandwidth / 1e6:.2f} TB/s")
+        tell(f"{shape}, {shape.geometry}: {len(missing)} of {len(wanted)} cells to measure")
+        for cell, figure in measure(missing, bandwidth, codes, tell if profile else None):
+            figures[cell] = figure
+            store.put(cell, figure)
+        store.save(shape.geometry)
+        torch.cuda.empty_cache()
+    return figures
+
+
+def measure(
+    cells: list[Cell],
+    bandwidth: float,
+    codes: dict[str, str],
+    tell_kernels: Callable[[str], None] | None = None,
+):
+    """Yields cells of one shape with their figures. Only `ours` depends on what is planted: the
+    other series run on the first inputs that are made."""
+    shape = cells[0].shape
+    planted = sorted({cell.kept for cell in cells if cell.series == OURS}) or [1.0]
+    for kept in planted:
+        due = [
+            cell
+            for cell in cells
+            if (cell.kept == kept if cell.series == OURS else kept == planted[0])
+        ]
+        sets = [make_inputs(shape, kept, seed) for seed in range(num_sets(shape))]
+        for value_dtype in VALUE_BYTES:
+            ours = [c for c in due if c.series not in PEERS and c.value_dtype == value_dtype]
+            planes = [write_cache(inputs, value_dtype) for inputs in sets] if ours else []
+            for cell in ours:
+                decoder = Decoder(shape, cell.series == OURS, parse_tuning(cell.tuning))
+                error, measured_kept = decoder.check(sets[0], planes[0])
+                us = decoder.time(sets, planes)
+                floor = cell.floor_bytes(measured_kept) / bandwidth
+                yield cell, Figure(us, floor, measured_kept, error, codes[cell.series])
+                if tell_kernels:
+                    tell_kernels(f"  {cell.series} {kept}: {decoder.profile(sets, planes)}")
+            del planes
+        for cell in due:
+            if cell.series in PEERS:
+                us, error = time_peer(shape, sets, cell.series)
+                floor = cell.floor_bytes(1.0) / bandwidth
+                yield cell, Figure(us, floor, 1.0, error, codes[cell.series])
+        del sets

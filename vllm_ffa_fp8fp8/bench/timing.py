@@ -1,0 +1,34 @@
+"""Times on a CUDA device: CUDA graphs, events, medians."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def time_graph(launches: Sequence[Callable[[], object]], repeats: int = 25) -> float:
+    """Median microseconds of one of `launches`, replayed together in one CUDA graph."""
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1e3 / len(launches)
+
+
+def read_bandwidth() -> float:
+    """Bytes per microsecond that a large sum reads."""
+    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    return data.nbytes / time_graph([lambda: data.sum()], repeats=10)
