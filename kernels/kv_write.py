@@ -1,4 +1,4 @@
-"""Writes new keys and values to their slots of the paged cache, K split into base and residual."""
+"""Writes new keys and values to their slots of the paged cache, in the formats of its planes."""
 
 import torch
 import triton
@@ -17,6 +17,7 @@ def _kv_write_kernel(
     residual_plane_ptr,
     exponent_plane_ptr,
     value_plane_ptr,
+    value_exponent_plane_ptr,
     key_plane_stride_page,
     key_plane_stride_head,
     residual_plane_stride_page,
@@ -25,6 +26,8 @@ def _kv_write_kernel(
     exponent_plane_stride_head,
     value_plane_stride_page,
     value_plane_stride_head,
+    value_exponent_plane_stride_page,
+    value_exponent_plane_stride_head,
     num_tokens,
     key_stride_token,
     key_stride_head,
@@ -36,6 +39,7 @@ def _kv_write_kernel(
     ROWS: tl.constexpr,
     FP8_KEY: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    FP8_VALUE: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -49,7 +53,10 @@ def _kv_write_kernel(
     value = tl.load(value_ptr + value_rows[:, None] + columns[None, :], mask=mask, other=0.0)
     store_value_rows(
         value, slots, head, columns, mask,
-        value_plane_ptr, value_plane_stride_page, value_plane_stride_head, PAGE_SIZE, HEAD_SIZE,
+        value_plane_ptr, value_exponent_plane_ptr,
+        value_plane_stride_page, value_plane_stride_head,
+        value_exponent_plane_stride_page, value_exponent_plane_stride_head,
+        PAGE_SIZE, HEAD_SIZE, FP8_VALUE,
     )
     key_rows = rows * key_stride_token + head * key_stride_head
     key = tl.load(key_ptr + key_rows[:, None] + columns[None, :], mask=mask, other=0.0)
@@ -74,7 +81,10 @@ def write_kv(
     - bfloat16: none where `|k|` is at least 2^-14 of the row's largest element, since base and
       residual hold 4 significant bits each; at most 2^-22 of that element below.
     - float16: at most 2^-9 of `|k|` from 2^-13 of the row's largest element on.
-    - without the residual: at most 2^-4 of `|k|` from 2^-13 of the row's largest element on.
+    - without the residual: at most 2^-4 of `|k|` from 2^-13 of the row's largest element on, and
+      at most 2^-17 of that element below.
+
+    Values in the model's dtype are stored as they are, E4M3 ones like keys without the residual.
 
     Args:
         key, value: `[num_tokens, num_kv_heads, head_size]`, float16 or bfloat16, last dimension
