@@ -85,6 +85,8 @@ def write_kv(
       at most 2^-17 of that element below.
 
     Values in the model's dtype are stored as they are, E4M3 ones like keys without the residual.
+    Without it, elements that round up to 2^16 (float16) or 2^128 (bfloat16), from 31/32 of that
+    on, come back infinite.
 
     Args:
         key, value: `[num_tokens, num_kv_heads, head_size]`, float16 or bfloat16, last dimension
