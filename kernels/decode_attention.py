@@ -66,7 +66,7 @@ def decode_attention(
     num_kv_heads = planes.num_kv_heads
     group = num_heads // num_kv_heads
     residual, exponent = planes.key_residual, planes.key_exponent
-    value_exponent = getattr(planes, "value_exponent", None)
+    value_exponent = planes.value_exponent
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
     fp8_value = planes.value.dtype == torch.float8_e4m3fn
     scale_log2 = scale * math.log2(math.e)

@@ -1,4 +1,4 @@
-"""Splits keys into an E4M3 base, an E4M3 residual and a power-of-two exponent per row."""
+"""Rounds rows to E4M3 with a power-of-two exponent each, and splits keys into base and residual."""
 
 import triton
 import triton.language as tl
@@ -18,16 +18,25 @@ def round_to_e4m3(x):
 
 
 @triton.jit
-def split_e4m3(x, RESIDUAL_SCALE: tl.constexpr):
-    """Splits the rows of `x`, float32 `[ROWS, D]`.
+def scale_rows(x):
+    """Brings the largest element of each row of `x`, float32 `[ROWS, D]`, into [2^7, 2^8).
 
-    Returns base and residual, float32 on the E4M3 grid `[ROWS, D]`, and the E8M0 exponent,
-    int32 `[ROWS]`, which brings each row's largest element into [2^7, 2^8).
+    Returns the scaled rows and their E8M0 exponents, int32 `[ROWS]`.
     """
     largest = tl.max(tl.abs(x), axis=1)
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 7, 1)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = x * inverse[:, None]
+    return x * inverse[:, None], exponent
+
+
+@triton.jit
+def split_e4m3(x, RESIDUAL_SCALE: tl.constexpr):
+    """Splits the rows of `x`, float32 `[ROWS, D]`.
+
+    Returns base and residual, float32 on the E4M3 grid `[ROWS, D]`, and the exponents of
+    `scale_rows`.
+    """
+    scaled, exponent = scale_rows(x)
     base = round_to_e4m3(scaled)
     residual = round_to_e4m3((scaled - base) * RESIDUAL_SCALE)
     return base, residual, exponent

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cache_rows import plane_arguments, plane_constants
 from .page_layout import KVPlanes
 from .paged_rows import load_rows, load_scales, token_pages, token_pointers
 
@@ -16,11 +17,7 @@ def _kv_gather_kernel(
     residual_plane_ptr,
     exponent_plane_ptr,
     value_plane_ptr,
-    block_table_ptr,
-    cu_seqlens_ptr,
-    block_table_stride,
-    key_stride_token,
-    key_stride_head,
+    value_exponent_plane_ptr,
     key_plane_stride_page,
     key_plane_stride_head,
     residual_plane_stride_page,
@@ -29,12 +26,20 @@ def _kv_gather_kernel(
     exponent_plane_stride_head,
     value_plane_stride_page,
     value_plane_stride_head,
+    value_exponent_plane_stride_page,
+    value_exponent_plane_stride_head,
+    block_table_ptr,
+    cu_seqlens_ptr,
+    block_table_stride,
+    key_stride_token,
+    key_stride_head,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    FP8_KEY: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_EXPONENT: tl.constexpr,
+    FP8_VALUE: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr,
 ):
     request = tl.program_id(1)
@@ -63,7 +68,7 @@ def _kv_gather_kernel(
             columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
         )
         key += residual.to(tl.float32) * (1.0 / RESIDUAL_SCALE)
-    if HAS_EXPONENT:
+    if FP8_KEY:
         exponents = token_pointers(
             exponent_plane_ptr + head * exponent_plane_stride_head, pages, positions,
             exponent_plane_stride_page, 1, PAGE_SIZE,
@@ -76,11 +81,17 @@ def _kv_gather_kernel(
         ),
         columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
     )
+    if FP8_VALUE:
+        exponents = token_pointers(
+            value_exponent_plane_ptr + head * value_exponent_plane_stride_head, pages, positions,
+            value_exponent_plane_stride_page, 1, PAGE_SIZE,
+        )
+        value = value.to(tl.float32) * load_scales(exponents, valid)[:, None]
     target = (first + positions).to(tl.int64) * key_stride_token + head * key_stride_head
     mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]
     target = target[:, None] + columns[None, :]
     tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=mask)
-    tl.store(value_ptr + target, value, mask=mask)
+    tl.store(value_ptr + target, value.to(value_ptr.dtype.element_ty), mask=mask)
 
 
 def gather_kv(
@@ -99,36 +110,25 @@ def gather_kv(
         cu_seqlens: int32 `[num_reqs + 1]`, the exclusive sums of the lengths to gather.
         max_seq_len: an upper bound of those lengths, on the host.
         key, value: outputs, `[>= cu_seqlens[-1], num_kv_heads, head_size]`, contiguous, of the
-            model's dtype. Keys come back as written; see `write_kv` for the error.
+            model's dtype. See `write_kv` for the error of what comes back.
     """
     if max_seq_len == 0:
         return
     assert key.stride() == value.stride() and key.stride(-1) == 1
-    residual, exponent = planes.key_residual, planes.key_exponent
     rows = 32
     grid = (triton.cdiv(max_seq_len, rows), block_table.shape[0], planes.num_kv_heads)
     _kv_gather_kernel[grid](
         key,
         value,
-        planes.key,
-        residual,
-        exponent,
-        planes.value,
+        *plane_arguments(planes),
         block_table,
         cu_seqlens,
         block_table.stride(0),
         key.stride(0),
         key.stride(1),
-        *planes.key.stride()[:2],
-        *(residual.stride()[:2] if residual is not None else (0, 0)),
-        *(exponent.stride()[:2] if exponent is not None else (0, 0)),
-        *planes.value.stride()[:2],
-        PAGE_SIZE=planes.page_size,
         HEAD_SIZE=planes.head_size,
         HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
         ROWS=rows,
-        HAS_RESIDUAL=residual is not None,
-        HAS_EXPONENT=exponent is not None,
-        RESIDUAL_SCALE=planes.residual_scale,
+        **plane_constants(planes),
         num_warps=4,
     )

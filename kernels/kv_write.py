@@ -1,10 +1,10 @@
-"""Writes new keys and values to their slots of the paged cache, K split into base and residual."""
+"""Writes new keys and values to their slots of the paged cache, in the formats of its planes."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .fp8_split import split_e4m3
+from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_value_rows
 from .page_layout import KVPlanes
 
 
@@ -17,11 +17,7 @@ def _kv_write_kernel(
     residual_plane_ptr,
     exponent_plane_ptr,
     value_plane_ptr,
-    num_tokens,
-    key_stride_token,
-    key_stride_head,
-    value_stride_token,
-    value_stride_head,
+    value_exponent_plane_ptr,
     key_plane_stride_page,
     key_plane_stride_head,
     residual_plane_stride_page,
@@ -30,50 +26,48 @@ def _kv_write_kernel(
     exponent_plane_stride_head,
     value_plane_stride_page,
     value_plane_stride_head,
+    value_exponent_plane_stride_page,
+    value_exponent_plane_stride_head,
+    num_tokens,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     FP8_KEY: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    FP8_VALUE: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     slots = tl.load(slot_mapping_ptr + rows, mask=rows < num_tokens, other=-1).to(tl.int64)
-    written = slots >= 0
-    mask = written[:, None] & (columns < HEAD_SIZE)[None, :]
+    mask = (slots >= 0)[:, None] & (columns < HEAD_SIZE)[None, :]
     rows = rows.to(tl.int64)
-    page = slots // PAGE_SIZE
-    offset = (slots % PAGE_SIZE)[:, None] * HEAD_SIZE + columns[None, :]
 
     value_rows = rows * value_stride_token + head * value_stride_head
     value = tl.load(value_ptr + value_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-    value_page = page * value_plane_stride_page + head * value_plane_stride_head
-    tl.store(value_plane_ptr + value_page[:, None] + offset, value, mask=mask)
-
+    store_value_rows(
+        value, slots, head, columns, mask,
+        value_plane_ptr, value_exponent_plane_ptr,
+        value_plane_stride_page, value_plane_stride_head,
+        value_exponent_plane_stride_page, value_exponent_plane_stride_head,
+        PAGE_SIZE, HEAD_SIZE, FP8_VALUE,
+    )
     key_rows = rows * key_stride_token + head * key_stride_head
     key = tl.load(key_ptr + key_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-    key_target = (page * key_plane_stride_page + head * key_plane_stride_head)[:, None] + offset
-    if FP8_KEY:
-        base, residual, exponent = split_e4m3(key.to(tl.float32), RESIDUAL_SCALE)
-        tl.store(key_plane_ptr + key_target, base.to(tl.float8e4nv), mask=mask)
-        exponent_page = page * exponent_plane_stride_page + head * exponent_plane_stride_head
-        tl.store(
-            exponent_plane_ptr + exponent_page + slots % PAGE_SIZE,
-            exponent.to(tl.uint8),
-            mask=written,
-        )
-        if HAS_RESIDUAL:
-            residual_page = page * residual_plane_stride_page + head * residual_plane_stride_head
-            tl.store(
-                residual_plane_ptr + residual_page[:, None] + offset,
-                residual.to(tl.float8e4nv),
-                mask=mask,
-            )
-    else:
-        tl.store(key_plane_ptr + key_target, key, mask=mask)
+    store_key_rows(
+        key, slots, head, columns, mask,
+        key_plane_ptr, residual_plane_ptr, exponent_plane_ptr,
+        key_plane_stride_page, key_plane_stride_head,
+        residual_plane_stride_page, residual_plane_stride_head,
+        exponent_plane_stride_page, exponent_plane_stride_head,
+        PAGE_SIZE, HEAD_SIZE, FP8_KEY, HAS_RESIDUAL, RESIDUAL_SCALE,
+    )
 
 
 def write_kv(
@@ -87,7 +81,12 @@ def write_kv(
     - bfloat16: none where `|k|` is at least 2^-14 of the row's largest element, since base and
       residual hold 4 significant bits each; at most 2^-22 of that element below.
     - float16: at most 2^-9 of `|k|` from 2^-13 of the row's largest element on.
-    - without the residual: at most 2^-4 of `|k|` from 2^-13 of the row's largest element on.
+    - without the residual: at most 2^-4 of `|k|` from 2^-13 of the row's largest element on, and
+      at most 2^-17 of that element below.
+
+    Values in the model's dtype are stored as they are, E4M3 ones like keys without the residual.
+    Without it, elements that round up to 2^16 (float16) or 2^128 (bfloat16), from 31/32 of that
+    on, come back infinite.
 
     Args:
         key, value: `[num_tokens, num_kv_heads, head_size]`, float16 or bfloat16, last dimension
@@ -100,31 +99,20 @@ def write_kv(
     if num_tokens == 0:
         return
     assert key.stride(-1) == 1 and value.stride(-1) == 1
-    residual, exponent = planes.key_residual, planes.key_exponent
     rows = 4 if num_tokens <= 1024 else 16
     _kv_write_kernel[(triton.cdiv(num_tokens, rows), planes.num_kv_heads)](
         key,
         value,
         slot_mapping,
-        planes.key,
-        residual,
-        exponent,
-        planes.value,
+        *plane_arguments(planes),
         num_tokens,
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        *planes.key.stride()[:2],
-        *(residual.stride()[:2] if residual is not None else (0, 0)),
-        *(exponent.stride()[:2] if exponent is not None else (0, 0)),
-        *planes.value.stride()[:2],
-        PAGE_SIZE=planes.page_size,
         HEAD_SIZE=planes.head_size,
         HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
         ROWS=rows,
-        FP8_KEY=exponent is not None,
-        HAS_RESIDUAL=residual is not None,
-        RESIDUAL_SCALE=planes.residual_scale,
+        **plane_constants(planes),
         num_warps=4,
     )

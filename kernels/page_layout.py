@@ -15,7 +15,8 @@ class KVPlanes(NamedTuple):
 
     `key` is E4M3 (or the model's dtype where FP8 is not available), `key_residual` E4M3,
     `key_exponent` uint8 of width 1 (E8M0: the key is `(key + key_residual / residual_scale) *
-    2^(key_exponent - 127)`), `value` the model's dtype. The two optional planes are None when
+    2^(key_exponent - 127)`). `value` is the model's dtype, or E4M3 with a `value_exponent` like
+    the key's: the value is `value * 2^(value_exponent - 127)`. The optional planes are None when
     the page has none. Only the last dimension needs to be contiguous.
     """
 
@@ -24,6 +25,7 @@ class KVPlanes(NamedTuple):
     key_exponent: torch.Tensor | None
     value: torch.Tensor
     page_size: int
+    value_exponent: torch.Tensor | None = None
     residual_scale: float = RESIDUAL_SCALE
 
     @property
@@ -50,7 +52,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The planes of one (page, KV head): K base | K residual | V | K exponent.
+    """The planes of one (page, KV head): K base | K residual | V | K exponent | V exponent.
 
     A (page, KV head) is one contiguous run of `page_size * bytes_per_token` bytes. Every plane
     starts at a multiple of 16 bytes because `page_size` is a multiple of 16; the exponents come
@@ -58,15 +60,17 @@ class PageLayout:
 
     Args:
         head_size: elements of a key or value, a multiple of 16.
-        dtype: the model's dtype, float16 or bfloat16; V is stored in it.
+        dtype: the model's dtype, float16 or bfloat16.
         fp8_key: store K as E4M3 with an exponent per token; otherwise in `dtype`.
         residual: store the E4M3 residual of K as well.
+        fp8_value: store V as E4M3 with an exponent per token; otherwise in `dtype`.
     """
 
     head_size: int
     dtype: torch.dtype
     fp8_key: bool = True
     residual: bool = True
+    fp8_value: bool = False
 
     def __post_init__(self) -> None:
         assert self.head_size % 16 == 0
@@ -80,9 +84,11 @@ class PageLayout:
         planes = [Plane("key", fp8 if self.fp8_key else self.dtype, self.head_size)]
         if self.residual:
             planes.append(Plane("key_residual", fp8, self.head_size))
-        planes.append(Plane("value", self.dtype, self.head_size))
+        planes.append(Plane("value", fp8 if self.fp8_value else self.dtype, self.head_size))
         if self.fp8_key:
             planes.append(Plane("key_exponent", torch.uint8, 1))
+        if self.fp8_value:
+            planes.append(Plane("value_exponent", torch.uint8, 1))
         return tuple(planes)
 
     @property

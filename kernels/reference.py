@@ -25,16 +25,22 @@ def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return exponent.view(torch.float8_e8m0fnu).to(dtype)
 
 
+def _scale_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows`, float32, times a power of two that brings each row's largest element into
+    [2^7, 2^8), and the exponents that undo it, uint8 `[..., 1]`."""
+    rows = rows.float()
+    largest = rows.abs().amax(-1, keepdim=True)
+    _, exponent = torch.frexp(largest)  # largest in [2^(e-1), 2^e)
+    exponent = torch.where(largest > 0, exponent - 8, -126).clamp(min=-126)
+    exponent = (exponent + 127).to(torch.uint8)
+    return rows / _power_of_two(exponent, torch.float32), exponent
+
+
 def split_key_reference(
     key: torch.Tensor, residual_scale: float = RESIDUAL_SCALE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Base and residual, E4M3 `[..., head_size]`, and exponent, uint8 `[..., 1]`, of `key`."""
-    key = key.float()
-    largest = key.abs().amax(-1, keepdim=True)
-    _, exponent = torch.frexp(largest)  # largest in [2^(e-1), 2^e)
-    exponent = torch.where(largest > 0, exponent - 8, -126).clamp(min=-126)
-    exponent = (exponent + 127).to(torch.uint8)
-    scaled = key / _power_of_two(exponent, torch.float32)
+    scaled, exponent = _scale_rows(key)
     base = scaled.to(torch.float8_e4m3fn)
     residual = (scaled - _widen(base, torch.float32)) * residual_scale
     return base, residual.to(torch.float8_e4m3fn), exponent
@@ -56,6 +62,20 @@ def join_key_reference(
     return key
 
 
+def round_value_reference(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 `[..., head_size]` and exponent, uint8 `[..., 1]`, of `value`."""
+    scaled, exponent = _scale_rows(value)
+    return scaled.to(torch.float8_e4m3fn), exponent
+
+
+def join_value_reference(
+    value: torch.Tensor, exponent: torch.Tensor | None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The value that the rows of its planes stand for, in `dtype`."""
+    value = _widen(value, dtype)
+    return value if exponent is None else value * _power_of_two(exponent, dtype)
+
+
 def write_kv_reference(
     key: torch.Tensor, value: torch.Tensor, planes: KVPlanes, slot_mapping: torch.Tensor
 ) -> None:
@@ -65,6 +85,9 @@ def write_kv_reference(
     slots = slots[rows]
     page, offset = slots // planes.page_size, slots % planes.page_size
     key, value = key[rows], value[rows]  # [rows, num_kv_heads, head_size]
+    if planes.value_exponent is not None:
+        value, exponent = round_value_reference(value)
+        planes.value_exponent[page, :, offset] = exponent
     planes.value[page, :, offset] = value
     if planes.key_exponent is None:
         planes.key[page, :, offset] = key
@@ -101,7 +124,9 @@ def gather_kv_reference(
         _tokens(planes.key_exponent, pages, seq_len),
         planes.residual_scale,
     )
-    value = _tokens(planes.value, pages, seq_len)
+    value = join_value_reference(
+        _tokens(planes.value, pages, seq_len), _tokens(planes.value_exponent, pages, seq_len)
+    )
     return key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype)
 
 
@@ -142,6 +167,7 @@ def decode_attention_reference(
         residual = _tokens(planes.key_residual, pages, seq_len)
         exponent = _tokens(planes.key_exponent, pages, seq_len)
         value = _tokens(planes.value, pages, seq_len)
+        value_exponent = _tokens(planes.value_exponent, pages, seq_len)
         rows = query[request].to(dtype).view(num_kv_heads, group, head_size)
         margin = math.inf if delta is None else float(delta[request % delta.shape[0]])
         if margin < math.inf and seq_len >= min_context:
@@ -168,8 +194,10 @@ def decode_attention_reference(
                 dtype,
             )
             weights = torch.softmax(rows[head] @ key.mT * scale, dim=-1)
-            result = weights @ _rows(value, head, chosen).to(dtype)
-            output[request, head * group : (head + 1) * group] = result
+            chosen_value = join_value_reference(
+                _rows(value, head, chosen), _rows(value_exponent, head, chosen), dtype
+            )
+            output[request, head * group : (head + 1) * group] = weights @ chosen_value
         if counters is not None:
             counters += torch.tensor([int(keep.sum()), keep.numel()], device=counters.device)
     return output, kept_blocks

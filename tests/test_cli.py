@@ -96,13 +96,24 @@ def test_doctor_sees_a_filtered_plugin(monkeypatch):
 
 def test_doctor_reads_the_options_in_force(monkeypatch):
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
-    finding = doctor.check_options()
+    finding = doctor.check_options(None)
     assert finding.status == doctor.OK
     assert "FFA_FP8FP8_CONFIG=fast" in finding.found and "delta: 5.0" in finding.found
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fasst")
-    finding = doctor.check_options()
+    finding = doctor.check_options(None)
     assert finding.status == doctor.MISSING
     assert "fasst" in finding.found
+
+
+def test_doctor_refuses_fp8_values_without_fp8(monkeypatch, tmp_path):
+    options = tmp_path / "mine.yaml"
+    options.write_text("v_cache_dtype: fp8")
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", str(options))
+    pretend(monkeypatch, AMPERE, cpu_build=False)
+    refused = doctor.check_options(AMPERE)
+    assert refused.status == doctor.MISSING and "v_cache_dtype fp8" in refused.found
+    for gpu in (HOPPER, None):
+        assert doctor.check_options(gpu).status == doctor.OK
 
 
 def test_questions_have_the_length_and_one_note_each():

@@ -25,6 +25,12 @@ BAD_OPTIONS = {
     "block_size float": ({"block_size": 64.0}, ["'block_size' = 64.0 (float)", "16, 32, 64, 128"]),
     "block_size bool": ({"block_size": True}, ["'block_size' = True", "16, 32, 64, 128"]),
     "use_fp8_residual int": ({"use_fp8_residual": 1}, ["'use_fp8_residual' = 1 (int)", "true or"]),
+    "v_cache_dtype of vLLM": (
+        {"v_cache_dtype": "fp8_e5m2"},
+        ["'v_cache_dtype' = 'fp8_e5m2' (str)", "auto (the model's dtype) or fp8"],
+    ),
+    "v_cache_dtype int": ({"v_cache_dtype": 8}, ["'v_cache_dtype' = 8 (int)", "auto (the model's"]),
+    "v_cache_dtype null": ({"v_cache_dtype": None}, ["'v_cache_dtype' = None", "or fp8"]),
     "precomputed_threshold text": (
         {"precomputed_threshold": "yes"},
         ["'precomputed_threshold' = 'yes' (str)", "true or false"],
@@ -63,6 +69,7 @@ def test_presets_are_the_documented_ones():
     assert (balanced.delta, balanced.min_context) == (10.0, 1024) and balanced.prunes
     assert (fast.delta, fast.min_context) == (5.0, 1024) and fast.prunes
     assert exact.use_fp8_residual and balanced.use_fp8_residual and fast.use_fp8_residual
+    assert {config.v_cache_dtype for config in (exact, balanced, fast)} == {"auto"}
     assert FFAConfig.load() == balanced
 
 
@@ -114,10 +121,12 @@ def test_overrides_must_be_a_mapping(overrides):
 
 
 def test_precedence(monkeypatch, tmp_path):
-    mine = write(tmp_path / "mine.yaml", "delta: 7\nmin_context: 3\nblock_size: 32")
+    text = "delta: 7\nmin_context: 3\nblock_size: 32\nv_cache_dtype: fp8"
+    mine = write(tmp_path / "mine.yaml", text)
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", mine)
-    assert FFAConfig.load() == FFAConfig(delta=7.0, min_context=3, block_size=32)
-    overridden = FFAConfig.load(overrides={"delta": 8, "block_size": None})
+    expected = FFAConfig(delta=7.0, min_context=3, block_size=32, v_cache_dtype="fp8")
+    assert FFAConfig.load() == expected
+    overridden = FFAConfig.load(overrides={"delta": 8, "block_size": None, "v_cache_dtype": "auto"})
     assert overridden == FFAConfig(delta=8.0, min_context=3)
     assert FFAConfig.load("fast").delta == 5.0
     assert FFAConfig.load("fast", {"preset": "exact"}).delta == math.inf
@@ -137,7 +146,8 @@ def test_stored_forms():
 
 
 def test_complete_options_need_no_preset(monkeypatch):
-    config = FFAConfig.load("exact", {"dense_layers": [-1], "block_size": 16}, num_layers=4)
+    options = {"dense_layers": [-1], "block_size": 16, "v_cache_dtype": "fp8"}
+    config = FFAConfig.load("exact", options, num_layers=4)
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "/not/on/this/node.yaml")
     assert FFAConfig.load(overrides=json.loads(json.dumps(config.to_dict()))) == config
 

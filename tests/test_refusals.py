@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_ffa_fp8fp8 import refusals
+from vllm_ffa_fp8fp8.config import FFAConfig
 
 PLAIN_LAYER = dict(
     head_size=128,
@@ -165,6 +166,13 @@ def platform(name):
 def test_refused_platform(name, said):
     with pytest.raises(ValueError, match=f"FFA_FP8FP8 does not support the platform {said}: .*CPU"):
         refusals.check_platform(platform(name))
+
+
+def test_fp8_values_need_a_device_with_fp8():
+    with pytest.raises(ValueError, match="support v_cache_dtype fp8 on a GPU without.* at auto"):
+        refusals.check_options(FFAConfig(v_cache_dtype="fp8"), has_fp8=False)
+    refusals.check_options(FFAConfig(v_cache_dtype="fp8"), has_fp8=True)
+    refusals.check_options(FFAConfig(), has_fp8=False)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])

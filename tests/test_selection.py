@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
@@ -21,6 +22,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_ffa_fp8fp8 import compat, patches, plugin
+from vllm_ffa_fp8fp8.backend import FFAFP8FP8Backend
 from vllm_ffa_fp8fp8.config import FFAConfig
 
 MODEL = str(Path(__file__).parent / "assets" / "recall-9m")
@@ -173,6 +175,19 @@ def test_unsupported_platform_stops_the_main_process(log, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_xpu", lambda self: True)
     with pytest.raises(ValueError, match="FFA_FP8FP8 does not support the platform XPU"):
         WAYS["attention_backend"]()
+
+
+def test_fp8_values_without_fp8_stop_the_main_process_and_the_workers(log, monkeypatch):
+    arguments = {"attention_backend": "FFA_FP8FP8"}
+    arguments["additional_config"] = {"ffa_fp8fp8": {"v_cache_dtype": "fp8"}}
+    vllm_config = engine_config(**arguments)
+    for module in ("backend", "environment"):
+        monkeypatch.setattr(f"vllm_ffa_fp8fp8.{module}.fp8_available", lambda: False)
+    with pytest.raises(ValueError, match="v_cache_dtype fp8 on a GPU without FP8"):
+        engine_config(**arguments)
+    with set_current_vllm_config(vllm_config):
+        with pytest.raises(ValueError, match="leave v_cache_dtype at auto"):
+            FFAFP8FP8Backend.set_config()
 
 
 def test_options_travel_to_the_workers(log, monkeypatch):

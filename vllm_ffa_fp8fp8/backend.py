@@ -6,27 +6,34 @@ from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_ffa_fp8fp8.config import FFAConfig
+from vllm_ffa_fp8fp8.environment import fp8_available
 from vllm_ffa_fp8fp8.kernels.page_layout import PageLayout
 from vllm_ffa_fp8fp8.plugin import BACKEND_NAME
-from vllm_ffa_fp8fp8.refusals import HEAD_SIZES, check_kv_cache_spec, refusal_reasons
+from vllm_ffa_fp8fp8.refusals import (
+    HEAD_SIZES,
+    check_kv_cache_spec,
+    check_options,
+    refusal_reasons,
+)
 
 PREFERRED_PAGE_SIZE = 64
 
 
-def fp8_available() -> bool:
-    """Whether the device has E4M3 conversions: compute capability 8.9, or PyTorch on the CPU."""
-    return not current_platform.is_cuda() or current_platform.has_device_capability(89)
-
-
 def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLayout:
-    """The page on this platform: FP8 base + residual, or 16-bit keys where FP8 is missing."""
+    """The page on this platform: FP8 base + residual, or 16-bit keys where FP8 is missing. V is
+    FP8 only where the options ask for it."""
     fp8 = fp8_available()
-    return PageLayout(head_size, dtype, fp8_key=fp8, residual=fp8 and config.use_fp8_residual)
+    return PageLayout(
+        head_size,
+        dtype,
+        fp8_key=fp8,
+        residual=fp8 and config.use_fp8_residual,
+        fp8_value=config.v_cache_dtype == "fp8",
+    )
 
 
 def pruning_block_size(page_size: int, config: FFAConfig) -> int:
@@ -94,5 +101,7 @@ class FFAFP8FP8Backend(AttentionBackend):
     @classmethod
     def set_config(cls) -> FFAConfig:
         """Reads the options of the engine being built and keeps them for `customize_spec`."""
-        cls.config = FFAConfig.from_vllm_config(get_current_vllm_config())
-        return cls.config
+        config = FFAConfig.from_vllm_config(get_current_vllm_config())
+        check_options(config, fp8_available())
+        cls.config = config
+        return config

@@ -16,6 +16,7 @@ from vllm_ffa_fp8fp8 import envs
 ADDITIONAL_CONFIG_KEY = "ffa_fp8fp8"
 DEFAULT_PRESET = "balanced"
 BLOCK_SIZES = (16, 32, 64, 128)
+V_CACHE_DTYPES = ("auto", "fp8")
 
 
 def _is_int(value: object) -> bool:
@@ -32,6 +33,12 @@ def _delta(value: object) -> float:
 
 def _block_size(value: object) -> int | None:
     if value is None or (_is_int(value) and value in BLOCK_SIZES):
+        return value
+    raise ValueError
+
+
+def _v_cache_dtype(value: object) -> str:
+    if isinstance(value, str) and value in V_CACHE_DTYPES:
         return value
     raise ValueError
 
@@ -77,6 +84,9 @@ class FFAConfig:
 
     use_fp8_residual: bool = _option(True, _flag, "true or false")
     """Kept blocks are scored with base + residual; without it with the base alone."""
+
+    v_cache_dtype: str = _option("auto", _v_cache_dtype, "auto (the model's dtype) or fp8")
+    """How V is stored: as it is, or as E4M3 with an exponent per (token, KV head)."""
 
     precomputed_threshold: bool = _option(False, _flag, "true or false")
     """One kernel finds the threshold of a (request, KV head), instead of every split by itself."""

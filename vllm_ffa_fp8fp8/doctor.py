@@ -51,7 +51,7 @@ def examine() -> Iterator[Finding]:
     yield check_flash_attention(gpu)
     yield check_entry_points()
     yield Finding("decode", OK, decode_path(gpu))
-    yield check_options()
+    yield check_options(gpu)
 
 
 def check_python() -> Finding:
@@ -150,14 +150,15 @@ def check_entry_points() -> Finding:
     return Finding(subject, OK, f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}")
 
 
-def check_options() -> Finding:
-    from vllm_ffa_fp8fp8 import envs
+def check_options(gpu: GPU | None) -> Finding:
+    from vllm_ffa_fp8fp8 import envs, refusals
     from vllm_ffa_fp8fp8.config import DEFAULT_PRESET, FFAConfig
 
     chosen = envs.config()
     source = f"{envs.CONFIG_VARIABLE}={chosen}" if chosen else f"preset {DEFAULT_PRESET}"
     try:
         options = FFAConfig.load()
+        refusals.check_options(options, has_fp8=not uses_cuda(gpu) or gpu.has_fp8)
     except (ValueError, ImportError) as error:
         return Finding("options", MISSING, str(error), f"correct {source}")
     return Finding("options", OK, f"{source}\n{yaml.safe_dump(options.to_dict(), sort_keys=False)}")

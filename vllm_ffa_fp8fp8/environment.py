@@ -20,6 +20,13 @@ class GPU:
         return self.capability >= FP8_CAPABILITY
 
 
+def fp8_available() -> bool:
+    """Whether vLLM's device has E4M3 conversions: such a GPU, or PyTorch on the CPU."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cuda() or current_platform.has_device_capability(FP8_CAPABILITY)
+
+
 def version_of(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

@@ -109,6 +109,15 @@ def check_platform(platform: Any) -> None:
     _refuse(f"the platform {name}", "it runs on CUDA and on CPU; remove --attention-backend")
 
 
+def check_options(options: Any, has_fp8: bool) -> None:
+    """ValueError for what `options`, an FFAConfig, ask of a device that does not have it."""
+    if options.v_cache_dtype == "fp8" and not has_fp8:
+        _refuse(
+            "v_cache_dtype fp8 on a GPU without FP8 (compute capability before 8.9)",
+            "leave v_cache_dtype at auto, or use an Ada, Hopper or newer GPU",
+        )
+
+
 def check_impl_arguments(
     *,
     num_heads: int,

@@ -2,7 +2,7 @@
 
 import pytest
 from agreement import check_codes, check_same_answer, check_same_tokens
-from jobs import CONTINUE, CPU, RECALL_LENGTHS
+from jobs import ANSWER, CONTINUE, CPU, RECALL_LENGTHS, recall_batches
 from processes import run_ours
 from prompts import questions, source_prompt
 from vllm.platforms import current_platform
@@ -97,3 +97,22 @@ def test_no_residual_makes_the_page_smaller(pruned_hard):
     assert pruned_hard.facts["page_shape"][-1] == 3 * HEAD_SIZE + 1
     assert pruned_hard.skips[0]["cache_bytes_per_token"] == LAYERS * (3 * HEAD_SIZE + 1) * KV_HEADS
     assert all(len(answer["tokens"]) == 16 for (answer,) in pruned_hard.batches)
+
+
+@pytest.fixture(scope="module")
+def fp8_values_run():
+    options = {"preset": "balanced", "v_cache_dtype": "fp8"}
+    return run_ours(recall_batches(RECALL_LENGTHS, 3), ANSWER, options, **CPU)
+
+
+def test_fp8_values_recall_every_code(fp8_values_run):
+    for batch, length in enumerate(RECALL_LENGTHS):
+        answers = fp8_values_run.batches[batch]
+        check_codes(answers, questions(length, 3))
+        assert fp8_values_run.skip_ratio(batch) > 0.05
+
+
+def test_fp8_values_make_the_page_smaller(fp8_values_run):
+    assert fp8_values_run.facts["page_shape"][-1] == 3 * HEAD_SIZE + 2
+    counts = fp8_values_run.skips[0]
+    assert counts["cache_bytes_per_token"] == LAYERS * (3 * HEAD_SIZE + 2) * KV_HEADS == 3088

@@ -11,6 +11,7 @@ from prompts import questions
 pytestmark = pytest.mark.gpu
 
 ASKED = 8
+HEAD_SIZE = 128
 NAMES_THE_BACKEND = "Using AttentionBackendEnum.FFA_FP8FP8 backend."
 
 
@@ -61,6 +62,16 @@ def test_balanced_recalls_every_code(balanced_run):
         check_codes(balanced_run.batches[batch], questions(length, ASKED))
         print(f"{length} tokens: {balanced_run.skip_ratio(batch):.1%} of the blocks skipped")
         assert balanced_run.skip_ratio(batch) > 0.05
+
+
+def test_fp8_values_recall_every_code():
+    batches = recall_batches(RECALL_LENGTHS_GPU, ASKED)
+    run = run_ours(batches, ANSWER, {"preset": "balanced", "v_cache_dtype": "fp8"}, **GPU)
+    check_graphs(run)
+    assert run.facts["page_shape"][-1] == 3 * HEAD_SIZE + 2
+    for batch, length in enumerate(RECALL_LENGTHS_GPU):
+        check_codes(run.batches[batch], questions(length, ASKED))
+        assert run.skip_ratio(batch) > 0.05
 
 
 def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balanced_run):

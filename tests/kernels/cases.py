@@ -33,13 +33,14 @@ class Case:
     block_size: int = 64
     fp8_key: bool = True
     residual: bool = True
+    fp8_value: bool = False
     interleaved: bool = False
     key_scale: float = 1.0
     seed: int = 0
 
     @property
     def layout(self) -> PageLayout:
-        return PageLayout(self.head_size, self.dtype, self.fp8_key, self.residual)
+        return PageLayout(self.head_size, self.dtype, self.fp8_key, self.residual, self.fp8_value)
 
     @property
     def scale(self) -> float:

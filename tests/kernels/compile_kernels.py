@@ -62,7 +62,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
 
 
 def record(case: Case, capability: int) -> list:
-    """What one batch launches, pruned and not."""
+    """What one batch launches, pruned and not; decode only of values in the model's dtype."""
     launches: list = []
     modules = {name: importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}") for name in KERNELS}
     originals = {}
@@ -83,7 +83,8 @@ def record(case: Case, capability: int) -> list:
     plan = DecodePlan.allocate(limits, torch.device("cpu")).update(batch.seq_lens)
     scratch = poisoned_scratch(limits, "cpu")
     output = torch.empty_like(batch.query())
-    for delta, precomputed in ((torch.ones(1), True), (torch.ones(1), False), (None, False)):
+    ways = ((torch.ones(1), True), (torch.ones(1), False), (None, False))
+    for delta, precomputed in () if case.fp8_value else ways:
         modules["decode_attention"].decode_attention(
             batch.query(), planes, batch.block_table, batch.seq_lens, plan, scratch, output,
             scale=case.scale, delta=delta, precomputed_threshold=precomputed,
@@ -107,6 +108,8 @@ def main(capability: int) -> None:
         Case(head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32, **pages),
         Case(head_size=256, num_kv_heads=1, page_size=128, block_size=128, **pages),
     ]
+    if fp8:
+        cases.append(Case(head_size=80, fp8_value=True))
     for case in cases:
         for kernel, args, kwargs in record(case, capability):
             compiled = compile_launch(kernel, args, kwargs, capability)

@@ -36,6 +36,14 @@ def expected(batch: Batch, lengths: list[int]) -> tuple[torch.Tensor, torch.Tens
     return tuple(torch.cat(tensors) for tensors in zip(*pairs, strict=True))
 
 
+def assert_close(back: torch.Tensor, written: torch.Tensor, bound: float, least: float) -> None:
+    """Off by at most `bound` of an element, where it is at least `least` of its row's largest."""
+    written = written.double()
+    normal = written.abs() >= least * written.abs().amax(-1, keepdim=True)
+    assert normal.double().mean() > 0.99
+    assert ((back.double() - written).abs() <= bound * written.abs())[normal].all()
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -47,6 +55,15 @@ def expected(batch: Batch, lengths: list[int]) -> tuple[torch.Tensor, torch.Tens
         {"head_size": 256, "page_size": 80, "num_kv_heads": 1},
         {"head_size": 64, "page_size": 32, "fp8_key": False, "residual": False},
         {"head_size": 80, "page_size": 32, "fp8_key": False, "residual": False, "dtype": HALF},
+        {"head_size": 128, "page_size": 64, "fp8_value": True, "interleaved": True},
+        {"head_size": 80, "page_size": 48, "fp8_value": True, "residual": False, "dtype": HALF},
+        {
+            "head_size": 96,
+            "page_size": 32,
+            "fp8_key": False,
+            "residual": False,
+            "fp8_value": True,
+        },
     ],
 )
 def test_whole_requests(device, shape):
@@ -56,16 +73,12 @@ def test_whole_requests(device, shape):
     key, value = gather(device, batch, list(case.lengths))
     oracle_key, oracle_value = expected(batch, list(case.lengths))
     assert torch.equal(key, oracle_key) and torch.equal(value, oracle_value)
-    assert torch.equal(value, batch.value)
-    written = batch.key.double()
-    error, largest = (key.double() - written).abs(), written.abs().amax(-1, keepdim=True)
     if not case.fp8_key or (case.residual and case.dtype == BFLOAT):
-        bound, least = 0, 2**-14
+        assert_close(key, batch.key, 0, 2**-14)
     else:
-        bound, least = (2**-9 if case.residual else 2**-4), 2**-13
-    normal = written.abs() >= least * largest
-    assert normal.double().mean() > 0.99
-    assert (error <= bound * written.abs())[normal].all()
+        assert_close(key, batch.key, 2**-9 if case.residual else 2**-4, 2**-13)
+    assert_close(value, batch.value, 2**-4 if case.fp8_value else 0, 2**-13)
+    assert case.fp8_value or torch.equal(value, batch.value)
 
 
 @pytest.mark.parametrize("lengths", [[64, 0, 17], [0, 0, 1], [1, 100, 64]])
@@ -83,12 +96,15 @@ def test_nothing_to_gather(device):
     assert len(key) == len(value) == 0
 
 
-def test_huge_and_tiny_keys(device):
-    """Exponents are applied: keys of 1e30 and 1e-30 in neighbouring rows come back."""
-    batch = make_batch(Case((40,), page_size=16))
+def test_huge_and_tiny_rows(device):
+    """Exponents are applied: rows of 1e30 and 1e-30 next to each other come back."""
+    batch = make_batch(Case((40,), page_size=16, fp8_value=True))
     batch.key[::2] = (batch.key[::2].float() * 1e30).to(BFLOAT)
     batch.key[1::2] = (batch.key[1::2].float() * 1e-30).to(BFLOAT)
+    batch.value[::2] = (batch.value[::2].float() * 1e-30).to(BFLOAT)
+    batch.value[1::2] = (batch.value[1::2].float() * 1e30).to(BFLOAT)
     batch.write()
-    key, _ = gather(device, batch, [40])
+    key, value = gather(device, batch, [40])
+    assert_close(value, batch.value, 2**-4, 2**-13)
     close = torch.isclose(key.double(), batch.key.double(), rtol=0, atol=0)
     assert close.double().mean() > 0.99

@@ -5,28 +5,32 @@ import torch
 
 from vllm_ffa_fp8fp8.kernels import PageLayout
 
-FORMATS = [(True, True), (True, False), (False, False)]
+KEY_FORMATS = [(True, True), (True, False), (False, False)]
+FORMATS = [(*key, fp8_value) for key in KEY_FORMATS for fp8_value in (False, True)]
 
 
-@pytest.mark.parametrize("fp8_key, residual", FORMATS)
+@pytest.mark.parametrize("fp8_key, residual, fp8_value", FORMATS)
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
-def test_bytes(head_size, fp8_key, residual):
-    layout = PageLayout(head_size, torch.bfloat16, fp8_key, residual)
+def test_bytes(head_size, fp8_key, residual, fp8_value):
+    layout = PageLayout(head_size, torch.bfloat16, fp8_key, residual, fp8_value)
     key = head_size * (1 + residual) + 1 if fp8_key else 2 * head_size
-    assert layout.bytes_per_token == key + 2 * head_size
+    value = head_size + 1 if fp8_value else 2 * head_size
+    assert layout.bytes_per_token == key + value
     assert sum(plane.bytes_per_token for plane in layout.planes) == layout.bytes_per_token
 
 
 def test_order_of_planes():
     names = [plane.name for plane in PageLayout(64, torch.float16).planes]
     assert names == ["key", "key_residual", "value", "key_exponent"]
+    names = [plane.name for plane in PageLayout(64, torch.float16, fp8_value=True).planes]
+    assert names == ["key", "key_residual", "value", "key_exponent", "value_exponent"]
 
 
-@pytest.mark.parametrize("fp8_key, residual", FORMATS)
+@pytest.mark.parametrize("fp8_key, residual, fp8_value", FORMATS)
 @pytest.mark.parametrize("page_size", [16, 48, 128])
-def test_planes_fill_the_page(page_size, fp8_key, residual):
+def test_planes_fill_the_page(page_size, fp8_key, residual, fp8_value):
     """Written one after the other, the planes leave no byte of a page and touch no other."""
-    layout = PageLayout(80, torch.float16, fp8_key, residual)
+    layout = PageLayout(80, torch.float16, fp8_key, residual, fp8_value)
     cache = torch.zeros(3, 2, page_size, layout.bytes_per_token, dtype=torch.uint8)
     planes = layout.split(cache)
     assert (planes.num_kv_heads, planes.head_size, planes.page_size) == (2, 80, page_size)
@@ -45,12 +49,13 @@ def test_planes_fill_the_page(page_size, fp8_key, residual):
     assert not cache.any()
 
 
-@pytest.mark.parametrize("fp8_key, residual", FORMATS)
-def test_missing_planes_are_none(fp8_key, residual):
-    layout = PageLayout(64, torch.float16, fp8_key, residual)
+@pytest.mark.parametrize("fp8_key, residual, fp8_value", FORMATS)
+def test_missing_planes_are_none(fp8_key, residual, fp8_value):
+    layout = PageLayout(64, torch.float16, fp8_key, residual, fp8_value)
     planes = layout.split(torch.zeros(1, 1, 16, layout.bytes_per_token, dtype=torch.uint8))
     assert (planes.key_residual is None) == (not residual)
     assert (planes.key_exponent is None) == (not fp8_key)
+    assert (planes.value_exponent is None) == (not fp8_value)
 
 
 def test_a_layer_inside_the_pages():

@@ -1,5 +1,6 @@
 """The oracles themselves, against torch's attention and numbers worked out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,9 @@ from truth import assert_kept, choose_delta, reference
 
 from vllm_ffa_fp8fp8.kernels.reference import (
     join_key_reference,
+    join_value_reference,
     prefill_attention_reference,
+    round_value_reference,
     split_key_reference,
 )
 
@@ -35,6 +38,13 @@ def test_split_and_join(magnitude):
     assert ((joined - key).abs() <= small * 2**-22 * largest).all()
 
 
+def test_round_value_by_hand():
+    """300 is scaled to 150, which lies between 144 and 160; 2.125 to 1.0625, a tie."""
+    value, exponent = round_value_reference(torch.tensor([[300.0, 1.0, 0.0, -2.125]]))
+    assert value.float().tolist() == [[144.0, 0.5, 0.0, -1.0]] and exponent.tolist() == [[128]]
+    assert join_value_reference(value, exponent).tolist() == [[288.0, 1.0, 0.0, -2.0]]
+
+
 def test_unpruned_attention_is_torchs():
     """Keys of bfloat16 survive the cache, so torch's attention on the written ones agrees."""
     case = Case((130, 1, 300, 0), num_kv_heads=2, group=3)
@@ -55,6 +65,18 @@ def test_unpruned_attention_is_torchs():
         )
         assert torch.allclose(output[request], expected[:, 0], atol=1e-5)
         first += length
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_fp8_values_change_the_output_by_three_percent(pruned):
+    """Same blocks; the output is off by the rounding of E4M3, which averaging does not lessen."""
+    case = Case((300, 1000), head_size=128, block_size=16)
+    batch, narrow = make_batch(case), make_batch(dataclasses.replace(case, fp8_value=True))
+    delta = choose_delta(batch) if pruned else None
+    (output, kept), (changed, kept_of_narrow) = reference(batch, delta), reference(narrow, delta)
+    assert all(map(torch.equal, kept, kept_of_narrow))
+    error = (changed - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
+    assert (error > 0.015).all() and (error < 0.035).all()
 
 
 @pytest.mark.parametrize("block_size, page_size", [(16, 64), (64, 48), (128, 16)])
