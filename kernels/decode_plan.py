@@ -127,9 +127,13 @@ def _decode_plan_kernel(
     seq_lens = tl.load(seq_lens_ptr + requests, mask=requests < num_reqs, other=0)
     blocks = (seq_lens + BLOCK_SIZE - 1) // BLOCK_SIZE
     total = tl.sum(blocks, axis=0)
-    # one wave of items while they stay small, then up to WAVES for balance
-    size = tl.minimum((total + SLOTS - 1) // SLOTS, MAX_BLOCKS)
-    size = tl.maximum(tl.maximum(size, MIN_BLOCKS), (total + SLOTS * WAVES - 1) // (SLOTS * WAVES))
+    # as few waves as keep items small, each of them full: rounding up adds about an item to every
+    # request that is cut
+    waves = tl.minimum(tl.maximum((total + SLOTS * MAX_BLOCKS - 1) // (SLOTS * MAX_BLOCKS), 1), WAVES)
+    places = SLOTS * waves
+    cut = tl.sum((blocks > (total + places - 1) // places).to(tl.int32), axis=0)
+    places = tl.maximum(places - cut, (places + 1) // 2)
+    size = tl.maximum((total + places - 1) // places, MIN_BLOCKS)
     # padding rows have an item, too, so that somebody clears their output
     counts = tl.where(requests < num_reqs, tl.maximum((blocks + size - 1) // size, 1), 0)
     ends = tl.cumsum(counts, axis=0)
