@@ -33,7 +33,9 @@ class CudaOps:
             num_kv_heads=impl.num_kv_heads,
             head_size=impl.head_size,
             block_size=block_size,
-            key_dtype=impl.layout.planes[0].dtype,
+            prunes=impl.config.prunes,
+            key_dtype=impl.layout.plane("key").dtype,
+            value_dtype=impl.layout.plane("value").dtype,
         )
 
     def make_plan(self, block_size: int) -> DecodePlan:
