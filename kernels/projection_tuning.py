@@ -1,0 +1,76 @@
+"""Launch parameters of the projection and rotation kernels, kept as data."""
+
+from dataclasses import dataclass
+
+import triton
+
+MAX_PROJECTED_TOKENS = 128
+"""The largest batch that the projection kernel takes."""
+
+
+@dataclass(frozen=True)
+class RopeWriteTuning:
+    """How `rope_and_write` is cut: a program takes `tokens` tokens of `heads` heads, both powers
+    of two."""
+
+    tokens: int
+    heads: int
+    warps: int = 4
+
+
+def rope_write_tuning(num_tokens: int) -> RopeWriteTuning:
+    """Few tokens: a program a head or four, so that the work spreads; many: wide rows."""
+    if num_tokens <= 64:
+        return RopeWriteTuning(tokens=1, heads=4)
+    return RopeWriteTuning(tokens=2, heads=8)
+
+
+@dataclass(frozen=True)
+class ProjectionTuning:
+    """How `project_rope_and_write` is cut; any values give the same result up to rounding.
+
+    Args:
+        splits: programs that share a head, each with a part of the hidden size.
+        hidden_block: elements of the hidden size that a program takes at a time, a power of two.
+        stages: depth of the pipeline of weight loads.
+        warps: warps of a program.
+        finish_rows: tokens that the last program of a head finishes at a time, a power of two.
+    """
+
+    splits: int
+    hidden_block: int = 64
+    stages: int = 4
+    warps: int = 4
+    finish_rows: int = 16
+
+
+PROGRAMS_PER_PROCESSOR = 3
+"""Programs that run at a time on a multiprocessor, by the shared memory of their pipelines."""
+
+
+def projection_tuning(
+    num_tokens: int, num_all_heads: int, hidden_size: int, num_processors: int = 132
+) -> ProjectionTuning:
+    """Splits so that one wave of programs fills the GPU.
+
+    Args:
+        num_tokens: tokens of the batch.
+        num_all_heads: heads of Q, K and V together.
+        hidden_size: elements of a hidden state.
+        num_processors: multiprocessors of the GPU.
+    """
+    hidden_block = 64
+    slots = num_processors * PROGRAMS_PER_PROCESSOR
+    splits = max(1, min(slots // num_all_heads, triton.cdiv(hidden_size, hidden_block), 32))
+    finish_rows = min(16, triton.next_power_of_2(num_tokens))
+    return ProjectionTuning(splits, hidden_block, finish_rows=finish_rows)
+
+
+def largest_projected_batch(hidden_size: int) -> int:
+    """The most tokens for which the projection kernel beats the linear layer and
+    `rope_and_write`; 0 where it never does.
+
+    Args:
+        hidden_size: elements of a hidden state.
+    """
+    return 16
