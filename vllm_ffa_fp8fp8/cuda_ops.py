@@ -10,6 +10,15 @@ from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, Decode
 from vllm_ffa_fp8fp8.kernels.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch, project_rope_and_write
+from vllm_ffa_fp8fp8.kernels.projection_tuning import (
+    MAX_PROJECTED_TOKENS,
+    ProjectionTuning,
+    largest_projected_batch,
+    projection_tuning,
+)
+from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
+from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata, PrefillBatch
 
 
@@ -21,6 +30,8 @@ class CudaOps:
         self.vllm_config = vllm_config
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
+        self.num_processors = torch.cuda.get_device_properties().multi_processor_count
+        self.arrived: torch.Tensor | None = None  # counters of `project_rope_and_write`
         self.flash_attention = load_flash_attention(impl.head_size)
 
     def decode_limits(self, block_size: int) -> DecodeLimits:
@@ -45,9 +56,51 @@ class CudaOps:
         page_size = self.vllm_config.cache_config.block_size
         self._scratch(self.decode_limits(pruning_block_size(page_size, self.impl.config)))
         self._context(self.max_model_len)
+        fused = self.impl.fused_qkv
+        if fused is not None and fused.largest_projected_batch:
+            tuning = self._projection_tuning(1, fused.hidden_size, fused.heads)
+            shape = ProjectionScratch.sums_shape(fused.largest_projected_batch, fused.heads, tuning)
+            current_workspace_manager().get_simultaneous((shape, torch.float32))
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
+
+    def largest_projected_batch(self, hidden_size: int) -> int:
+        """The most tokens that `project_rope_and_write` is to take."""
+        if self.impl.config.fused_kproj == "on":
+            return MAX_PROJECTED_TOKENS
+        return largest_projected_batch(hidden_size)
+
+    def rope_and_write(self, qkv, positions, heads: QKVHeads, planes, slot_mapping, rotated):
+        rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated)
+
+    def project_rope_and_write(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        linear: torch.nn.Module,
+        positions: torch.Tensor,
+        heads: QKVHeads,
+        planes: KVPlanes | None,
+        slot_mapping: torch.Tensor | None,
+        output: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
+    ) -> None:
+        num_tokens, hidden_size = hidden_states.shape
+        tuning = self._projection_tuning(num_tokens, hidden_size, heads)
+        if self.arrived is None:
+            self.arrived = torch.zeros(
+                heads.num_all_heads, dtype=torch.int32, device=hidden_states.device
+            )
+        (sums,) = current_workspace_manager().get_simultaneous(
+            (ProjectionScratch.sums_shape(num_tokens, heads, tuning), torch.float32)
+        )
+        scratch = ProjectionScratch(sums, self.arrived)
+        project_rope_and_write(
+            hidden_states, linear.weight, linear.bias, positions, heads, planes, slot_mapping,
+            output, scratch, tuning,
+        )  # fmt: skip
+
+    def _projection_tuning(self, num_tokens, hidden_size, heads) -> ProjectionTuning:
+        return projection_tuning(num_tokens, heads.num_all_heads, hidden_size, self.num_processors)
 
     def decode(
         self,
