@@ -272,7 +272,7 @@ def project_rope_and_write(
         SPLITS=tuning.splits,
         TOKENS=max(16, triton.next_power_of_2(num_tokens)),
         HIDDEN_BLOCK=tuning.hidden_block,
-        FINISH_ROWS=tuning.finish_rows,
+        FINISH_ROWS=min(tuning.finish_rows, triton.next_power_of_2(num_tokens)),
         STAGES=tuning.stages,
         DOT_DTYPE=compute_dtype(hidden_states.dtype),
         WRITE_CACHE=write,

@@ -25,6 +25,10 @@ def rope_write_tuning(num_tokens: int) -> RopeWriteTuning:
     return RopeWriteTuning(tokens=2, heads=8)
 
 
+HIDDEN_BLOCK = 64
+MAX_SPLITS = 32
+
+
 @dataclass(frozen=True)
 class ProjectionTuning:
     """How `project_rope_and_write` is cut; any values give the same result up to rounding.
@@ -34,11 +38,12 @@ class ProjectionTuning:
         hidden_block: elements of the hidden size that a program takes at a time, a power of two.
         stages: depth of the pipeline of weight loads.
         warps: warps of a program.
-        finish_rows: tokens that the last program of a head finishes at a time, a power of two.
+        finish_rows: the most tokens that the last program of a head finishes at a time, a power
+            of two.
     """
 
     splits: int
-    hidden_block: int = 64
+    hidden_block: int = HIDDEN_BLOCK
     stages: int = 4
     warps: int = 4
     finish_rows: int = 16
@@ -49,21 +54,18 @@ PROGRAMS_PER_PROCESSOR = 3
 
 
 def projection_tuning(
-    num_tokens: int, num_all_heads: int, hidden_size: int, num_processors: int = 132
+    num_all_heads: int, hidden_size: int, num_processors: int = 132
 ) -> ProjectionTuning:
     """Splits so that one wave of programs fills the GPU.
 
     Args:
-        num_tokens: tokens of the batch.
         num_all_heads: heads of Q, K and V together.
         hidden_size: elements of a hidden state.
         num_processors: multiprocessors of the GPU.
     """
-    hidden_block = 64
     slots = num_processors * PROGRAMS_PER_PROCESSOR
-    splits = max(1, min(slots // num_all_heads, triton.cdiv(hidden_size, hidden_block), 32))
-    finish_rows = min(16, triton.next_power_of_2(num_tokens))
-    return ProjectionTuning(splits, hidden_block, finish_rows=finish_rows)
+    blocks = triton.cdiv(hidden_size, HIDDEN_BLOCK)
+    return ProjectionTuning(max(1, min(slots // num_all_heads, blocks, MAX_SPLITS)))
 
 
 def largest_projected_batch(hidden_size: int) -> int:

@@ -58,9 +58,8 @@ class CudaOps:
         self._context(self.max_model_len)
         fused = self.impl.fused_qkv
         if fused is not None and fused.largest_projected_batch:
-            tuning = self._projection_tuning(1, fused.hidden_size, fused.heads)
-            shape = ProjectionScratch.sums_shape(fused.largest_projected_batch, fused.heads, tuning)
-            current_workspace_manager().get_simultaneous((shape, torch.float32))
+            tuning = self._projection_tuning(fused.hidden_size, fused.heads)
+            self._projection_scratch(fused.largest_projected_batch, fused.heads, tuning)
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
@@ -85,22 +84,12 @@ class CudaOps:
         output: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
     ) -> None:
         num_tokens, hidden_size = hidden_states.shape
-        tuning = self._projection_tuning(num_tokens, hidden_size, heads)
-        if self.arrived is None:
-            self.arrived = torch.zeros(
-                heads.num_all_heads, dtype=torch.int32, device=hidden_states.device
-            )
-        (sums,) = current_workspace_manager().get_simultaneous(
-            (ProjectionScratch.sums_shape(num_tokens, heads, tuning), torch.float32)
-        )
-        scratch = ProjectionScratch(sums, self.arrived)
+        tuning = self._projection_tuning(hidden_size, heads)
+        scratch = self._projection_scratch(num_tokens, heads, tuning)
         project_rope_and_write(
             hidden_states, linear.weight, linear.bias, positions, heads, planes, slot_mapping,
             output, scratch, tuning,
         )  # fmt: skip
-
-    def _projection_tuning(self, num_tokens, hidden_size, heads) -> ProjectionTuning:
-        return projection_tuning(num_tokens, heads.num_all_heads, hidden_size, self.num_processors)
 
     def decode(
         self,
@@ -158,6 +147,19 @@ class CudaOps:
 
     def _scratch(self, limits: DecodeLimits) -> DecodeScratch:
         return DecodeScratch(*current_workspace_manager().get_simultaneous(*limits.scratch_shapes))
+
+    def _projection_tuning(self, hidden_size: int, heads: QKVHeads) -> ProjectionTuning:
+        return projection_tuning(heads.num_all_heads, hidden_size, self.num_processors)
+
+    def _projection_scratch(
+        self, num_tokens: int, heads: QKVHeads, tuning: ProjectionTuning
+    ) -> ProjectionScratch:
+        if self.arrived is None:  # in the profiling run: no graph may capture its making
+            device = heads.cos_sin_cache.device
+            self.arrived = torch.zeros(heads.num_all_heads, dtype=torch.int32, device=device)
+        shape = ProjectionScratch.sums_shape(num_tokens, heads, tuning)
+        (sums,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
+        return ProjectionScratch(sums, self.arrived)
 
     def _context(self, num_tokens: int) -> list[torch.Tensor]:
         shape = (num_tokens, self.impl.num_kv_heads, self.impl.head_size)

@@ -149,7 +149,7 @@ def record_projections(case: Case, planes, modules) -> None:
             modules["rope_write"].rope_and_write(qkv, positions, heads, planes, slots, rotated)
         hidden = torch.zeros(num_tokens, qkv_case.hidden_size, dtype=case.dtype)
         weight = torch.zeros(qkv_case.width, qkv_case.hidden_size, dtype=case.dtype)
-        tuning = projection_tuning(num_tokens, heads.num_all_heads, qkv_case.hidden_size)
+        tuning = projection_tuning(heads.num_all_heads, qkv_case.hidden_size)
         modules["project_write"].project_rope_and_write(
             hidden, weight, qkv[0] if norm else None, positions, heads, planes, slots, qkv,
             ProjectionScratch.allocate(num_tokens, heads, tuning), tuning,

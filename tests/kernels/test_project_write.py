@@ -72,7 +72,7 @@ def test_groups(device, group):
 @pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 33, 64, 127])
 def test_batches(device, num_tokens):
     case = QKVCase(num_tokens=num_tokens, group=2, num_kv_heads=1, hidden_size=128)
-    tuning = projection_tuning(num_tokens, 4, case.hidden_size, num_processors=3)
+    tuning = projection_tuning(4, case.hidden_size, num_processors=3)
     assert tuning.splits == 2
     check(case, device, *run(case, device, tuning))
 
