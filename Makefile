@@ -1,4 +1,4 @@
-# make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode. PYTHON=... picks the interpreter, PORT=... the port.
+# make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode | bench-kproj. PYTHON=... picks the interpreter, PORT=... the port.
 VENV ?= .venv
 PORT ?= 8000
 MODEL = tests/assets/recall-9m
@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up leaves compiling to the first import, which is slow at every import where this variable forbids to keep it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test serve doctor lint gpu-test bench-decode clean
+.PHONY: setup demo test serve doctor lint gpu-test bench-decode bench-kproj clean
 
 setup: $(READY)
 
@@ -39,6 +39,9 @@ serve: $(READY)
 
 bench-decode: $(READY)
 	@$(BIN)/python -m vllm_ffa_fp8fp8.bench_decode $(ARGS)
+
+bench-kproj: $(READY)
+	@$(BIN)/python -m vllm_ffa_fp8fp8.bench_kproj $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

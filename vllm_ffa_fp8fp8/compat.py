@@ -1,6 +1,5 @@
 """Everything that depends on vLLM's version."""
 
-import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -84,7 +83,7 @@ FUSABLE_ATTENTION = (
 
 def is_fusable_forward(forward: Callable) -> bool:
     """Whether `forward`, a class's function, does what one of FUSABLE_ATTENTION does: it is that
-    function, or was compiled to the same code."""
+    function, or one compiled to the same code, as many models have."""
     code = _code(forward)
     for module, name in FUSABLE_ATTENTION:
         if code == _code(getattr(import_module(module), name).forward):
@@ -92,8 +91,10 @@ def is_fusable_forward(forward: Callable) -> bool:
     return False
 
 
-def _code(function: Callable) -> tuple:
-    code = inspect.unwrap(function).__code__
+def _code(function: Any) -> tuple:
+    if getattr(function, "by_ffa_fp8fp8", False):  # our own wrapper
+        function = function.__wrapped__
+    code = function.__code__
     return code.co_code, code.co_names, code.co_varnames, code.co_consts
 
 

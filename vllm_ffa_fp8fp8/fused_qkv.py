@@ -66,18 +66,12 @@ def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
     problem = compat.projection_problem(linear, vllm_config)
     largest = 0 if problem else impl.ops.largest_projected_batch(linear.input_size)
     if problem:
-        logger.info_once(
-            "fused_kproj: %s's projection stays apart, since %s; one kernel for the rest.",
-            name,
-            problem,
-        )
+        way = f"its linear layer, since {problem}, then one kernel to the cache"
+    elif largest == 0:
+        way = "its linear layer, then one kernel to the cache"
     else:
-        logger.info_once(
-            "fused_kproj: %s runs one kernel from projection to cache for up to %d tokens, the "
-            "linear layer and one kernel for more.",
-            name,
-            largest,
-        )
+        way = f"one kernel from projection to cache up to {largest} tokens, beyond them two"
+    logger.info_once("fused_kproj: %s runs %s.", name, way)
     attention.fused_path = FROM_PROJECTIONS if problem else FROM_HIDDEN_STATES
     patches.fuse_forward(_class_of_forward(attention), fused_forward)
     return FusedQKV(attention, heads, linear.input_size, largest)
