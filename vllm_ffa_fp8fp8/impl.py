@@ -61,7 +61,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.fused_qkv: FusedQKV | None = None
         self.attention: torch.nn.Module | None = None  # the module that holds this layer
         if self.config.fused_kproj != "off":
-            patches.note_attention_module(self)
+            patches.note_attention_modules(type(self))
         self._planes: KVPlanes | None = None
         self._planes_key: tuple[int, torch.Size] | None = None
 
@@ -74,7 +74,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Fuses the attention module's forward, where that can be: only now it is complete."""
-        if self.attention is not None:
+        if self.attention is not None and self.config.fused_kproj != "off":
             self.fused_qkv = fuse(self, self.attention, self.vllm_config)
 
     def do_kv_cache_update(

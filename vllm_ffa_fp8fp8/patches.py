@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from torch.nn.modules.module import register_module_module_registration_hook
-
 from vllm_ffa_fp8fp8 import envs
 from vllm_ffa_fp8fp8.plugin import BACKEND_NAME, FUSED_ATTENTION_OP, register_backend
 
@@ -107,20 +105,25 @@ def offer_backend_on_cpu() -> None:
     platform_class.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
-def note_attention_module(impl) -> None:
-    """Sets `impl.attention` to the module that vLLM's Attention layer of `impl` becomes part of,
-    by a hook of PyTorch's that goes when it has seen it.
+def note_attention_modules(impl_class: type) -> None:
+    """Sets `impl.attention` of every impl of that class to the module that its layer becomes part
+    of, by a hook of PyTorch's that sees modules become parts of others.
 
     Symptom without it: a layer cannot find the projection, the norms and the rotation that come
     before it. Can go when vLLM hands the module to `process_weights_after_loading`.
     """
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    if getattr(impl_class, "notes_attention_modules", False):
+        return
+    impl_class.notes_attention_modules = True
 
     def note(module, name, submodule):
-        if getattr(submodule, "impl", None) is impl:
+        impl = getattr(submodule, "impl", None)
+        if isinstance(impl, impl_class) and impl.attention is None:
             impl.attention = module
-            handle.remove()
 
-    handle = register_module_module_registration_hook(note)
+    register_module_module_registration_hook(note)
 
 
 def fuse_forward(attention_class: type, fused_forward: Callable) -> None:
