@@ -14,7 +14,7 @@ import torch
 from .page_layout import PageLayout
 from .project_write import ProjectionScratch, project_rope_and_write
 from .projection_reference import rotate_reference
-from .projection_tuning import projection_tuning
+from .projection_tuning import projection_tuning_on
 from .qkv_heads import QKVHeads
 from .reference import gather_kv_reference
 from .rope_write import rope_and_write
@@ -70,7 +70,7 @@ def differences(shape: str, device: str) -> tuple[dict[str, dict[str, float]], f
             rope_and_write(output, positions, heads, planes, slots, output)
         else:
             output.fill_(torch.nan)
-            tuning = projection_tuning(heads.num_all_heads, hidden_size)
+            tuning = projection_tuning_on(cos_sin.device, heads.num_all_heads, hidden_size)
             scratch = ProjectionScratch.allocate(NUM_TOKENS, heads, tuning)
             project_rope_and_write(
                 hidden, weight, bias, positions, heads, planes, slots, output, scratch, tuning

@@ -133,6 +133,11 @@ def _project_write_kernel(
             rows = start + tl.arange(0, FINISH_ROWS)
             is_row = rows < num_tokens
             mask = is_row[:, None] & is_column[None, :]
+            # first, since the addresses of other loads depend on them
+            positions = tl.load(positions_ptr + rows, mask=is_row, other=0).to(tl.int64)
+            if WRITE_CACHE:
+                has_slot = rows < num_slots
+                slots = tl.load(slot_mapping_ptr + rows, mask=has_slot, other=-1).to(tl.int64)
             x = _add_up(
                 sums_ptr, rows * WIDTH, head_columns, mask, bias_ptr, split_stride,
                 SPLITS, HAS_BIAS,
@@ -143,13 +148,10 @@ def _project_write_kernel(
                     sums_ptr, rows * WIDTH, head * HEAD_SIZE + partners, mask, bias_ptr,
                     split_stride, SPLITS, HAS_BIAS,
                 )
-                positions = tl.load(positions_ptr + rows, mask=is_row, other=0).to(tl.int64)
+                norm_ptr = query_norm_ptr
                 if HAS_NORM:
-                    norm_ptr = query_norm_ptr
                     if head >= NUM_HEADS:
                         norm_ptr = key_norm_ptr
-                else:
-                    norm_ptr = query_norm_ptr
                 x = norm_and_rotate(
                     x, partner, positions, columns, mask, norm_ptr, cos_sin_ptr,
                     cos_sin_stride, epsilon, HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
@@ -159,8 +161,6 @@ def _project_write_kernel(
             tl.store(output_rows + head_columns[None, :], x.to(dtype), mask=mask)
             if WRITE_CACHE:
                 if head >= NUM_HEADS:
-                    has_slot = rows < num_slots
-                    slots = tl.load(slot_mapping_ptr + rows, mask=has_slot, other=-1).to(tl.int64)
                     written = (slots >= 0)[:, None] & is_column[None, :]
                     if head < NUM_HEADS + NUM_KV_HEADS:
                         store_key_rows(
@@ -269,13 +269,8 @@ def project_rope_and_write(
         **heads.constants,
         HAS_BIAS=bias is not None,
         EVEN_HIDDEN=hidden_size % tuning.hidden_block == 0,
-        SPLITS=tuning.splits,
-        TOKENS=max(16, triton.next_power_of_2(num_tokens)),
-        HIDDEN_BLOCK=tuning.hidden_block,
-        FINISH_ROWS=min(tuning.finish_rows, triton.next_power_of_2(num_tokens)),
-        STAGES=tuning.stages,
+        **tuning.launch(num_tokens, heads.head_size),
         DOT_DTYPE=compute_dtype(hidden_states.dtype),
         WRITE_CACHE=write,
         **plane_constants(planes if write else None),
-        num_warps=tuning.warps,
     )

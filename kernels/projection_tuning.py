@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 import triton
+
+from .tuning import HOPPER_SHARED_MEMORY
 
 MAX_PROJECTED_TOKENS = 128
 """The largest batch that the projection kernel takes."""
@@ -36,10 +39,11 @@ class ProjectionTuning:
     Args:
         splits: programs that share a head, each with a part of the hidden size.
         hidden_block: elements of the hidden size that a program takes at a time, a power of two.
-        stages: depth of the pipeline of weight loads.
+        stages: depth of the pipeline of weight loads, as far as `shared_memory` allows.
         warps: warps of a program.
         finish_rows: the most tokens that the last program of a head finishes at a time, a power
             of two.
+        shared_memory: bytes that a program can have on this GPU.
     """
 
     splits: int
@@ -47,6 +51,23 @@ class ProjectionTuning:
     stages: int = 4
     warps: int = 4
     finish_rows: int = 16
+    shared_memory: int = HOPPER_SHARED_MEMORY
+
+    def launch(self, num_tokens: int, head_size: int) -> dict[str, int]:
+        """The constexpr arguments and options of a launch."""
+        padded_tokens = max(16, triton.next_power_of_2(num_tokens))
+        padded_head = triton.next_power_of_2(head_size)
+        stage = (padded_tokens + padded_head) * self.hidden_block * 2  # 16-bit elements
+        # so many sums do not fit the registers of fewer warps
+        wide = padded_tokens * padded_head > 8192
+        return {
+            "SPLITS": self.splits,
+            "TOKENS": padded_tokens,
+            "HIDDEN_BLOCK": self.hidden_block,
+            "FINISH_ROWS": min(self.finish_rows, triton.next_power_of_2(num_tokens)),
+            "STAGES": max(1, min(self.stages, self.shared_memory // stage)),
+            "num_warps": max(self.warps, 8) if wide else self.warps,
+        }
 
 
 PROGRAMS_PER_PROCESSOR = 3
@@ -54,7 +75,10 @@ PROGRAMS_PER_PROCESSOR = 3
 
 
 def projection_tuning(
-    num_all_heads: int, hidden_size: int, num_processors: int = 132
+    num_all_heads: int,
+    hidden_size: int,
+    num_processors: int = 132,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> ProjectionTuning:
     """Splits so that one wave of programs fills the GPU.
 
@@ -62,10 +86,27 @@ def projection_tuning(
         num_all_heads: heads of Q, K and V together.
         hidden_size: elements of a hidden state.
         num_processors: multiprocessors of the GPU.
+        shared_memory: bytes that a program can have on this GPU.
     """
     slots = num_processors * PROGRAMS_PER_PROCESSOR
     blocks = triton.cdiv(hidden_size, HIDDEN_BLOCK)
-    return ProjectionTuning(max(1, min(slots // num_all_heads, blocks, MAX_SPLITS)))
+    splits = max(1, min(slots // num_all_heads, blocks, MAX_SPLITS))
+    return ProjectionTuning(splits, shared_memory=shared_memory)
+
+
+def projection_tuning_on(
+    device: torch.device, num_all_heads: int, hidden_size: int
+) -> ProjectionTuning:
+    """`projection_tuning` with what the device has."""
+    if device.type != "cuda":
+        return projection_tuning(num_all_heads, hidden_size)
+    properties = torch.cuda.get_device_properties(device)
+    return projection_tuning(
+        num_all_heads,
+        hidden_size,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
 
 
 def largest_projected_batch(hidden_size: int) -> int:

@@ -19,7 +19,7 @@ from .kernels.kv_write import write_kv
 from .kernels.page_layout import KVPlanes, PageLayout
 from .kernels.project_write import ProjectionScratch, project_rope_and_write
 from .kernels.projection_reference import rotate_reference
-from .kernels.projection_tuning import ProjectionTuning, RopeWriteTuning, projection_tuning
+from .kernels.projection_tuning import ProjectionTuning, RopeWriteTuning, projection_tuning_on
 from .kernels.projection_tuning import rope_write_tuning as default_rope_write_tuning
 from .kernels.qkv_heads import QKVHeads
 from .kernels.reference import gather_kv_reference
@@ -158,8 +158,7 @@ def varied(base, texts: list[str]) -> dict[str, object]:
 def bench_decode_step(model, num_tokens, weights, bandwidth, vary) -> dict:
     bench = Bench(model, num_tokens, weights)
     launches = {"unfused": bench.unfused, "linear + kernel": bench.linear_and_one_kernel}
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    base = projection_tuning(bench.heads.num_all_heads, bench.hidden_size, processors)
+    base = projection_tuning_on(torch.device("cuda"), bench.heads.num_all_heads, bench.hidden_size)
     tunings = varied(base, vary)
     for name, tuning in tunings.items():
         launches[f"one kernel, {name}"] = bench.one_kernel(tuning)

@@ -15,7 +15,7 @@ from vllm_ffa_fp8fp8.kernels.projection_tuning import (
     MAX_PROJECTED_TOKENS,
     ProjectionTuning,
     largest_projected_batch,
-    projection_tuning,
+    projection_tuning_on,
 )
 from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
@@ -30,8 +30,8 @@ class CudaOps:
         self.vllm_config = vllm_config
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
-        self.num_processors = torch.cuda.get_device_properties().multi_processor_count
         self.arrived: torch.Tensor | None = None  # counters of `project_rope_and_write`
+        self.projection_tuning: ProjectionTuning | None = None
         self.flash_attention = load_flash_attention(impl.head_size)
 
     def decode_limits(self, block_size: int) -> DecodeLimits:
@@ -58,8 +58,7 @@ class CudaOps:
         self._context(self.max_model_len)
         fused = self.impl.fused_qkv
         if fused is not None and fused.largest_projected_batch:
-            tuning = self._projection_tuning(fused.hidden_size, fused.heads)
-            self._projection_scratch(fused.largest_projected_batch, fused.heads, tuning)
+            self._projection_scratch(fused.largest_projected_batch, fused.heads, fused.hidden_size)
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
@@ -84,11 +83,10 @@ class CudaOps:
         output: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
     ) -> None:
         num_tokens, hidden_size = hidden_states.shape
-        tuning = self._projection_tuning(hidden_size, heads)
-        scratch = self._projection_scratch(num_tokens, heads, tuning)
+        scratch = self._projection_scratch(num_tokens, heads, hidden_size)
         project_rope_and_write(
             hidden_states, linear.weight, linear.bias, positions, heads, planes, slot_mapping,
-            output, scratch, tuning,
+            output, scratch, self.projection_tuning,
         )  # fmt: skip
 
     def decode(
@@ -148,16 +146,14 @@ class CudaOps:
     def _scratch(self, limits: DecodeLimits) -> DecodeScratch:
         return DecodeScratch(*current_workspace_manager().get_simultaneous(*limits.scratch_shapes))
 
-    def _projection_tuning(self, hidden_size: int, heads: QKVHeads) -> ProjectionTuning:
-        return projection_tuning(heads.num_all_heads, hidden_size, self.num_processors)
-
     def _projection_scratch(
-        self, num_tokens: int, heads: QKVHeads, tuning: ProjectionTuning
+        self, num_tokens: int, heads: QKVHeads, hidden_size: int
     ) -> ProjectionScratch:
         if self.arrived is None:  # in the profiling run: no graph may capture its making
-            device = heads.cos_sin_cache.device
-            self.arrived = torch.zeros(heads.num_all_heads, dtype=torch.int32, device=device)
-        shape = ProjectionScratch.sums_shape(num_tokens, heads, tuning)
+            device, num_heads = heads.cos_sin_cache.device, heads.num_all_heads
+            self.projection_tuning = projection_tuning_on(device, num_heads, hidden_size)
+            self.arrived = torch.zeros(num_heads, dtype=torch.int32, device=device)
+        shape = ProjectionScratch.sums_shape(num_tokens, heads, self.projection_tuning)
         (sums,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
         return ProjectionScratch(sums, self.arrived)
 

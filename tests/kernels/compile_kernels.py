@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, compile
 
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
 from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch
-from vllm_ffa_fp8fp8.kernels.projection_tuning import projection_tuning
+from vllm_ffa_fp8fp8.kernels.projection_tuning import MAX_PROJECTED_TOKENS, projection_tuning
 from vllm_ffa_fp8fp8.kernels.tuning import decode_tuning
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
@@ -131,15 +131,15 @@ def record(case: Case, capability: int) -> list:
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
     key, value = torch.empty_like(batch.key), torch.empty_like(batch.key)
     modules["kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
-    record_projections(case, planes, modules)
+    record_projections(case, planes, modules, SHARED_MEMORY[capability])
     for (name, kernel), original in originals.items():
         setattr(modules[name], kernel, original)
     return launches
 
 
-def record_projections(case: Case, planes, modules) -> None:
+def record_projections(case: Case, planes, modules, shared_memory: int) -> None:
     """One small and one large batch, with and without a norm."""
-    for num_tokens, norm in ((1, False), (65, True)):
+    for num_tokens, norm in ((1, False), (MAX_PROJECTED_TOKENS, True)):
         shape = {"num_tokens": num_tokens, "norm": norm, "bias": norm, "hidden_size": 256}
         qkv_case = QKVCase(**vars(case) | shape)
         heads = qkv_case.heads("cpu")
@@ -149,7 +149,9 @@ def record_projections(case: Case, planes, modules) -> None:
             modules["rope_write"].rope_and_write(qkv, positions, heads, planes, slots, rotated)
         hidden = torch.zeros(num_tokens, qkv_case.hidden_size, dtype=case.dtype)
         weight = torch.zeros(qkv_case.width, qkv_case.hidden_size, dtype=case.dtype)
-        tuning = projection_tuning(heads.num_all_heads, qkv_case.hidden_size)
+        tuning = projection_tuning(
+            heads.num_all_heads, qkv_case.hidden_size, shared_memory=shared_memory
+        )
         modules["project_write"].project_rope_and_write(
             hidden, weight, qkv[0] if norm else None, positions, heads, planes, slots, qkv,
             ProjectionScratch.allocate(num_tokens, heads, tuning), tuning,
