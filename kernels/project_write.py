@@ -20,9 +20,10 @@ from .runtime import compute_dtype
 @triton.jit
 def _add_up(
     sums_ptr, rows, columns, mask, bias_ptr, split_stride,
-    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
 ):
-    """`columns` of the projections, float32: the sums of all splits in order, and the bias."""
+    """`columns` of the projections in float32: the sums of all splits in order, and the bias,
+    rounded to `dtype` as a linear layer rounds them."""
     places = sums_ptr + rows[:, None] + columns[None, :]
     x = tl.load(places, mask=mask, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
@@ -30,7 +31,7 @@ def _add_up(
     if HAS_BIAS:
         bias_places = bias_ptr + tl.zeros_like(rows)[:, None] + columns[None, :]
         x += tl.load(bias_places, mask=mask, other=0.0).to(tl.float32)
-    return x
+    return round_to(x, dtype)
 
 
 @triton.jit
@@ -140,13 +141,13 @@ def _project_write_kernel(
                 slots = tl.load(slot_mapping_ptr + rows, mask=has_slot, other=-1).to(tl.int64)
             x = _add_up(
                 sums_ptr, rows * WIDTH, head_columns, mask, bias_ptr, split_stride,
-                SPLITS, HAS_BIAS,
+                SPLITS, HAS_BIAS, dtype,
             )
             if head < NUM_HEADS + NUM_KV_HEADS:
                 partners = rotation_partners(columns, ROTARY_DIM, IS_NEOX_STYLE)
                 partner = _add_up(
                     sums_ptr, rows * WIDTH, head * HEAD_SIZE + partners, mask, bias_ptr,
-                    split_stride, SPLITS, HAS_BIAS,
+                    split_stride, SPLITS, HAS_BIAS, dtype,
                 )
                 norm_ptr = query_norm_ptr
                 if HAS_NORM:
@@ -220,8 +221,9 @@ def project_rope_and_write(
 ) -> None:
     """Projects `hidden_states`, rotates Q and K, and writes K and V to `planes`.
 
-    The sums stay float32 until Q and K are rotated; then all are rounded to the dtype of
-    `hidden_states`. The same inputs and tuning give the same bits.
+    Projections are rounded to the dtype of `hidden_states` as a linear layer rounds them, so that
+    small and large batches get the same keys; Q and K once more when they are rotated. The same
+    inputs and tuning give the same bits.
 
     Args:
         hidden_states: `[num_tokens, hidden_size]`, float16 or bfloat16, last dimension

@@ -1,10 +1,19 @@
 """Greedy tokens with and without `fused_kproj`, from engines of their own."""
 
 import pytest
-from agreement import check_same_tokens
-from jobs import CONTINUE, FINE_LOGITS, GPU, SMALL_STEPS, mixed_batches, mixed_batches_gpu
+from agreement import check_codes, check_same_tokens
+from jobs import (
+    ANSWER,
+    CONTINUE,
+    CPU,
+    FINE_LOGITS,
+    GPU,
+    SMALL_STEPS,
+    mixed_batches_gpu,
+    recall_batches,
+)
 from processes import MODEL, Run, run_ours
-from prompts import source_prompt
+from prompts import questions, source_prompt
 from random_models import make_model
 from vllm.platforms import current_platform
 
@@ -27,9 +36,11 @@ def fused_lines(run: Run) -> list[str]:
     return [line for line in lines if "Attention runs" in line]
 
 
-def run_both(batches, fused_kproj: str, **llm) -> tuple[Run, Run]:
-    fused = run_ours(batches, CONTINUE, {"preset": "exact", "fused_kproj": fused_kproj}, **llm)
-    unfused = run_ours(batches, CONTINUE, {"preset": "exact", "fused_kproj": "off"}, **llm)
+def run_both(batches, fused_kproj: str, sampling=CONTINUE, **llm) -> tuple[Run, Run]:
+    fused, unfused = (
+        run_ours(batches, sampling, {"preset": "exact", "fused_kproj": option}, **llm)
+        for option in (fused_kproj, "off")
+    )
     assert len(fused_lines(fused)) == 1  # once, not once a layer
     assert not fused_lines(unfused)
     check_same_tokens(fused, unfused)
@@ -44,13 +55,16 @@ def test_qwen3_on_cpu(models):
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
-def test_compiled_on_cpu(exact_run):
-    """torch.compile traces through the module's forward to the operator."""
-    compiled = {**SMALL_STEPS, "enforce_eager": False}
-    run = run_ours(mixed_batches(), CONTINUE, {"preset": "exact"}, **compiled)
-    assert len(fused_lines(run)) == len(fused_lines(exact_run)) == 1
+def test_recall_on_cpu(models):
+    """torch.compile, too, traces through the module's forward to the operator."""
+    batches = recall_batches((512,), 32)
+    fused, _ = run_both(batches, "auto", ANSWER, **models("recall-9m"), **CPU)
+    assert fused_lines(fused)[0].startswith("LlamaAttention runs its linear layer, then one")
+    options, compiled = {"preset": "exact"}, CPU | {"enforce_eager": False}
+    run = run_ours(batches, ANSWER, options, **models("recall-9m"), **compiled)
+    assert len(fused_lines(run)) == 1
     assert run.facts["compilation_mode"] not in (None, "NONE")
-    check_same_tokens(run, exact_run)
+    check_codes(run.batches[0], questions(512, 32))
 
 
 @pytest.mark.gpu

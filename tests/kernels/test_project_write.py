@@ -8,10 +8,13 @@ from cases import POISON, empty_cache, own_layer
 from qkv_cases import NUM_PAGES, SHAPES, QKVCase, check_cache, check_rotation
 
 from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch, project_rope_and_write
-from vllm_ffa_fp8fp8.kernels.projection_reference import project_rope_and_write_reference
+from vllm_ffa_fp8fp8.kernels.projection_reference import (
+    project_rope_and_write_reference,
+    rope_and_write_reference,
+)
 from vllm_ffa_fp8fp8.kernels.projection_tuning import ProjectionTuning, projection_tuning
 
-ERROR = 4e-6  # of float32 sums over the hidden size
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TUNING = ProjectionTuning(splits=2, hidden_block=64, finish_rows=16)
 
 
@@ -49,13 +52,17 @@ def run(case: QKVCase, device: str, tuning=TUNING, scratch=None) -> tuple[torch.
 
 
 def check(case: QKVCase, device: str, output: torch.Tensor, storage: torch.Tensor) -> None:
-    projected = exact(case, device)
-    check_rotation(case, projected, output, ERROR)
+    """Within the rounding of the projection, and nearly everywhere the very numbers that come of
+    the exact projection rounded: sums in float32 can end on the other side of a tie."""
+    projected, rounding = exact(case, device), ROUNDING[case.dtype]
+    check_rotation(case, projected, output, 1.5 * rounding)
     value = output[:, -case.num_kv_heads * case.head_size :]
     expected = projected[:, -value.shape[1] :]
-    rounding = 2.0**-8 if case.dtype == torch.bfloat16 else 2.0**-11
-    assert ((value - expected).abs() <= 1.01 * rounding * expected.abs() + ERROR * 4).all()
+    assert ((value - expected).abs() <= 1.01 * rounding * expected.abs() + 1e-5).all()
     check_cache(case, storage, output, value)
+    rounded = projected.to(case.dtype)
+    rope_and_write_reference(rounded, case.positions(), case.heads("cpu"), None, None, rounded)
+    assert (rounded == output).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -109,7 +116,7 @@ def test_without_a_cache(device):
             planes if slots is not None else None, slots, output,
             poisoned_scratch(case, device, TUNING), TUNING,
         )  # fmt: skip
-        check_rotation(case, exact(case, device), output.cpu(), ERROR)
+        check_rotation(case, exact(case, device), output.cpu(), 1.5 * ROUNDING[case.dtype])
     assert (storage == POISON).all()
 
 
@@ -123,7 +130,7 @@ def test_reference_rounds_the_projection_first(device):
         *inputs(case, "cpu"), case.positions(), case.heads("cpu"), planes, case.slots(), output
     )
     linear = torch.nn.functional.linear(*inputs(case, "cpu"))
-    check_rotation(case, linear, output, ERROR)
+    check_rotation(case, linear, output, 2e-6)
     value = linear[:, -case.num_kv_heads * case.head_size :]
     check_cache(case, storage, output, value)
 

@@ -39,8 +39,8 @@ def test_shapes(device, shape, in_place):
     check_cache(case, storage, output, qkv[:, -case.num_kv_heads * case.head_size :])
 
 
-@pytest.mark.parametrize("group", range(1, 17))
-def test_every_group(device, group):
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 9, 12, 16])
+def test_groups(device, group):
     case = QKVCase(group=group, num_kv_heads=1 + group % 3, num_tokens=3, page_size=16)
     qkv, output, storage = run(case, device, in_place=True)
     check_rotation(case, qkv, output, ERROR)
