@@ -34,7 +34,7 @@ def _add_up(
     return round_to(x, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])  # batches share one compilation
 def _project_write_kernel(
     hidden_ptr,
     weight_ptr,

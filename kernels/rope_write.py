@@ -15,7 +15,7 @@ def _load_rows(row_ptr, rows, columns, mask):
     return tl.load(row_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])  # batches share one compilation
 def _rope_write_kernel(
     qkv_ptr,
     rotated_ptr,

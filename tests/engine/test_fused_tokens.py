@@ -6,7 +6,6 @@ from jobs import (
     ANSWER,
     CONTINUE,
     CPU,
-    FINE_LOGITS,
     GPU,
     SMALL_STEPS,
     mixed_batches_gpu,
@@ -81,6 +80,6 @@ def test_on_gpu(models, architecture, fused_kproj):
 @pytest.mark.gpu
 def test_behind_a_quantised_linear_on_gpu(models):
     batches = [[source_prompt(length, start=length) for length in (1, 64, 300)]]
-    llm = GPU | FINE_LOGITS | {"quantization": "fp8"}
+    llm = GPU | {"quantization": "fp8"}
     fused, _ = run_both(batches, "auto", **models("Qwen3"), **llm)
     assert "runs its linear layer, since it is quantised" in fused_lines(fused)[0]
