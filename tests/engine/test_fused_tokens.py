@@ -56,14 +56,16 @@ def test_qwen3_on_cpu(models):
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 def test_recall_on_cpu(models):
     """torch.compile, too, traces through the module's forward to the operator."""
-    batches = recall_batches((512,), 32)
+    lengths = (512, 1000)
+    batches = recall_batches(lengths, 16)
     fused, _ = run_both(batches, "auto", ANSWER, **models("recall-9m"), **CPU)
     assert fused_lines(fused)[0].startswith("LlamaAttention runs its linear layer, then one")
     options, compiled = {"preset": "exact"}, CPU | {"enforce_eager": False}
     run = run_ours(batches, ANSWER, options, **models("recall-9m"), **compiled)
     assert len(fused_lines(run)) == 1
     assert run.facts["compilation_mode"] not in (None, "NONE")
-    check_codes(run.batches[0], questions(512, 32))
+    for answers, length in zip(run.batches, lengths, strict=True):
+        check_codes(answers, questions(length, 16))
 
 
 @pytest.mark.gpu
