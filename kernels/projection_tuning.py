@@ -110,8 +110,8 @@ def projection_tuning_on(
 
 
 def largest_projected_batch(hidden_size: int) -> int:
-    """The most tokens for which the projection kernel beats the linear layer and
-    `rope_and_write`; 0 where it never does.
+    """The most tokens for which `fused_kproj: auto` takes the projection kernel; beyond them the
+    linear layer and `rope_and_write` are taken to be faster. An estimate, not yet measured.
 
     Args:
         hidden_size: elements of a hidden state.
