@@ -10,10 +10,13 @@ import sys
 
 import torch
 from cases import Case, make_batch, poisoned_scratch
+from qkv_cases import QKVCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
+from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch
+from vllm_ffa_fp8fp8.kernels.projection_tuning import MAX_PROJECTED_TOKENS, projection_tuning
 from vllm_ffa_fp8fp8.kernels.tuning import decode_tuning
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
@@ -22,6 +25,8 @@ KERNELS = {
     "decode_attention": ["decode_threshold_kernel", "decode_kernel"],
     "kv_write": ["_kv_write_kernel"],
     "kv_gather": ["_kv_gather_kernel"],
+    "rope_write": ["_rope_write_kernel"],
+    "project_write": ["_project_write_kernel"],
 }
 TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
@@ -95,9 +100,31 @@ def record(case: Case, capability: int) -> list:
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
     key, value = torch.empty_like(batch.key), torch.empty_like(batch.key)
     modules["kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
+    record_projections(case, planes, modules, SHARED_MEMORY[capability])
     for (name, kernel), original in originals.items():
         setattr(modules[name], kernel, original)
     return launches
+
+
+def record_projections(case: Case, planes, modules, shared_memory: int) -> None:
+    """One small and one large batch, with and without a norm."""
+    for num_tokens, norm in ((1, False), (MAX_PROJECTED_TOKENS, True)):
+        shape = {"num_tokens": num_tokens, "norm": norm, "bias": norm, "hidden_size": 256}
+        qkv_case = QKVCase(**vars(case) | shape)
+        heads = qkv_case.heads("cpu")
+        qkv = torch.zeros(num_tokens, qkv_case.width, dtype=case.dtype)
+        positions, slots = torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)
+        for rotated in (qkv, torch.empty_like(qkv)):
+            modules["rope_write"].rope_and_write(qkv, positions, heads, planes, slots, rotated)
+        hidden = torch.zeros(num_tokens, qkv_case.hidden_size, dtype=case.dtype)
+        weight = torch.zeros(qkv_case.width, qkv_case.hidden_size, dtype=case.dtype)
+        tuning = projection_tuning(
+            heads.num_all_heads, qkv_case.hidden_size, shared_memory=shared_memory
+        )
+        modules["project_write"].project_rope_and_write(
+            hidden, weight, qkv[0] if norm else None, positions, heads, planes, slots, qkv,
+            ProjectionScratch.allocate(num_tokens, heads, tuning), tuning,
+        )  # fmt: skip
 
 
 def main(capability: int) -> None:

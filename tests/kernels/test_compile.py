@@ -18,4 +18,4 @@ def test_kernels_compile(capability):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = {line.split()[0] for line in run.stdout.splitlines()}
-    assert len(compiled) == 7
+    assert len(compiled) == 9
