@@ -9,6 +9,12 @@ import triton.language as tl
 from .tuning import DEFAULT, HOPPER_SHARED_MEMORY, DecodeTuning, decode_tuning
 
 
+INVARIANT_BLOCKS = 64
+"""Blocks of a work item where a request is cut alike in every batch."""
+INVARIANT_ITEMS = 32
+"""The most items of a request there; longer requests have larger items."""
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """The largest batch that a plan and its scratch are made for.
@@ -19,6 +25,8 @@ class DecodeLimits:
         block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
         num_processors: multiprocessors of the device.
         query_len: the most query tokens of a request.
+        batch_invariant: cut every request as its length alone says, so that its output is the
+            same, bit for bit, in every batch.
         tuning: launch parameters; `decode_tuning` says which.
     """
 
@@ -30,6 +38,7 @@ class DecodeLimits:
     block_size: int
     num_processors: int = 8
     query_len: int = 1
+    batch_invariant: bool = False
     tuning: DecodeTuning = DEFAULT
 
     @classmethod
@@ -40,7 +49,7 @@ class DecodeLimits:
         head_size: int,
         block_size: int,
         key_dtype: torch.dtype = torch.float8_e4m3fn,
-        **batch: int,
+        **batch: int | bool,
     ) -> "DecodeLimits":
         """Limits with what the device has; `batch`: the other arguments of the class."""
         num_processors, shared_memory = cls.num_processors, HOPPER_SHARED_MEMORY
@@ -64,11 +73,16 @@ class DecodeLimits:
 
     def num_items(self, num_reqs: int) -> int:
         """The most items of a batch of `num_reqs` requests."""
+        if self.batch_invariant:
+            return num_reqs * self.max_request_items
         return num_reqs + self.slots * self.tuning.waves
 
     @property
     def max_request_items(self) -> int:
         """The most items of one request."""
+        if self.batch_invariant:
+            blocks = -(-self.seq_len // self.block_size)
+            return max(1, min(-(-blocks // INVARIANT_BLOCKS), INVARIANT_ITEMS))
         return self.slots * self.tuning.waves + 1
 
     @property
@@ -122,6 +136,8 @@ def _decode_plan_kernel(
     MAX_BLOCKS: tl.constexpr,
     REQS_PADDED: tl.constexpr,
     ITEMS: tl.constexpr,
+    INVARIANT_BLOCKS: tl.constexpr,
+    INVARIANT_ITEMS: tl.constexpr,
 ):
     requests = tl.arange(0, REQS_PADDED)
     seq_lens = tl.load(seq_lens_ptr + requests, mask=requests < num_reqs, other=0)
@@ -134,6 +150,8 @@ def _decode_plan_kernel(
     cut = tl.sum((blocks > (total + places - 1) // places).to(tl.int32), axis=0)
     places = tl.maximum(places - cut, (places + 1) // 2)
     size = tl.maximum((total + places - 1) // places, MIN_BLOCKS)
+    if INVARIANT_ITEMS > 0:
+        size = tl.maximum((blocks + INVARIANT_ITEMS - 1) // INVARIANT_ITEMS, INVARIANT_BLOCKS)
     # padding rows have an item, too, so that somebody clears their output
     counts = tl.where(requests < num_reqs, tl.maximum((blocks + size - 1) // size, 1), 0)
     ends = tl.cumsum(counts, axis=0)
@@ -182,7 +200,7 @@ class DecodePlan:
         """Plans a batch on the device and returns the plan cut to its size.
 
         Every request is cut into equal runs of blocks, so that all items of the batch are of
-        about one size. Rows of length 0 are padding and get one item without blocks.
+        about one size, unless the limits are batch invariant. Rows of length 0 are padding and get one item without blocks.
 
         Args:
             seq_lens: int32 `[num_reqs]`, contiguous, within the limits.
@@ -204,6 +222,8 @@ class DecodePlan:
             MAX_BLOCKS=tuning.max_blocks,
             REQS_PADDED=triton.next_power_of_2(num_reqs),
             ITEMS=items,
+            INVARIANT_BLOCKS=INVARIANT_BLOCKS,
+            INVARIANT_ITEMS=limits.max_request_items if limits.batch_invariant else 0,
             num_warps=4,
         )
         return replace(self, work=self.work[:num_items])

@@ -218,3 +218,26 @@ def test_runs_are_bit_equal(device):
     delta = choose_delta(batch)
     outputs = [run_decode(batch, device, delta)[0] for _ in range(2)]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_batch_invariant(device, query_len):
+    """A request gives the same bits alone, and among others in any order."""
+    lengths = (90, 2100, 700) if device == "cpu" else (90, 20_000, 70_000, 5000, 1)
+    case = Case(lengths, group=2, num_kv_heads=1, block_size=16, query_len=query_len)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    limits = dataclasses.replace(case.limits(132 if device == "cuda" else 2), batch_invariant=True)
+    together, _ = check(batch, device, delta, limits=limits)
+    together = together.unflatten(0, (-1, query_len))
+    for requests in ([1], list(reversed(range(len(lengths)))), [1, 1, 0]):
+        rows, picked = batch.qkv.unflatten(0, (-1, query_len)), torch.tensor(requests)
+        other = dataclasses.replace(
+            batch,
+            case=dataclasses.replace(case, lengths=tuple(lengths[i] for i in requests)),
+            qkv=rows[picked].flatten(0, 1),
+            block_table=batch.block_table[picked],
+            seq_lens=batch.seq_lens[picked],
+        )
+        output, _ = run_decode(other, device, delta[picked], limits=limits)
+        assert torch.equal(output.unflatten(0, (-1, query_len)), together[picked])

@@ -1,5 +1,7 @@
 """The plan covers every block once and cuts a batch into items of about one size."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,6 +78,25 @@ def test_waves_are_full(device, num_reqs, length):
     assert len(sizes) >= 0.85 * waves * limits.slots
     if waves < limits.tuning.waves:
         assert max(size for size, _ in sizes) <= 1.3 * limits.tuning.max_blocks
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=lengths)
+def test_batch_invariant_plans(device, lengths):
+    """Every request is cut as it is alone, and a batch of the longest requests fits."""
+    limits = dataclasses.replace(LIMITS[0], batch_invariant=True)
+    items = items_of(plan_of(limits, lengths, device), len(lengths))
+    sizes_of(items, limits.block_size)
+    for own, length in zip(items, lengths, strict=True):
+        assert len(own) == min(max(1, -(-length // (64 * 16))), 32)
+    assert limits.num_items(len(lengths)) == 32 * len(lengths)
+
+
+def test_batch_invariant_limits_of_short_requests(device):
+    limits = dataclasses.replace(LIMITS[1], batch_invariant=True, seq_len=20_000)
+    assert limits.num_items(7) == 7 * 3
+    items = items_of(plan_of(limits, [20_000] * 7, device), 7)
+    assert [len(own) for own in items] == [3] * 7
 
 
 def test_padded_rows_have_one_item_without_blocks(device):
