@@ -11,6 +11,12 @@ import triton.language as tl
 from .tuning import HOPPER_SHARED_MEMORY, DecodeTuning, decode_tuning
 
 
+INVARIANT_BLOCKS = 64
+"""Blocks of a work item where a request is cut alike in every batch."""
+INVARIANT_ITEMS = 32
+"""The most items of a request there; longer requests have larger items."""
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """The largest batch that a plan and its scratch are made for.
@@ -21,6 +27,8 @@ class DecodeLimits:
         block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
         num_processors: multiprocessors of the device.
         query_len: the most query tokens of a request.
+        batch_invariant: cut every request as its length alone says, so that its output is the
+            same, bit for bit, in every batch.
         prunes: whether blocks are skipped.
         key_bytes, value_bytes: of an element of K's base and of V.
         capability, shared_memory: compute capability of the device, and the bytes of shared memory
@@ -36,6 +44,7 @@ class DecodeLimits:
     block_size: int
     num_processors: int = 8
     query_len: int = 1
+    batch_invariant: bool = False
     prunes: bool = True
     key_bytes: int = 1
     value_bytes: int = 2
@@ -50,7 +59,7 @@ class DecodeLimits:
         *,
         key_dtype: torch.dtype = torch.float8_e4m3fn,
         value_dtype: torch.dtype = torch.bfloat16,
-        **batch: int,
+        **batch: int | bool,
     ) -> "DecodeLimits":
         """Limits with what the device has; `batch`: the other arguments of the class."""
         found: dict[str, Any] = {}
@@ -67,7 +76,7 @@ class DecodeLimits:
     def tuning_of(self, num_reqs: int) -> DecodeTuning:
         """Launch parameters of a batch of `num_reqs` requests."""
         return self.tuning or decode_tuning(
-            num_reqs,
+            self.num_reqs if self.batch_invariant else num_reqs,
             self.head_size,
             self.block_size,
             self.key_bytes,
@@ -86,12 +95,22 @@ class DecodeLimits:
 
     def num_items(self, num_reqs: int) -> int:
         """The most items of a batch of `num_reqs` requests."""
+        if self.batch_invariant:
+            return num_reqs * self.max_request_items
         return num_reqs + self.slots(num_reqs) * self.tuning_of(num_reqs).waves
 
     @cached_property
     def max_items(self) -> int:
         """The most items of any batch."""
         return max(map(self.num_items, range(1, self.num_reqs + 1)))
+
+    @property
+    def max_request_items(self) -> int:
+        """The most items of one request."""
+        if self.batch_invariant:
+            blocks = -(-self.seq_len // self.block_size)
+            return max(1, min(-(-blocks // INVARIANT_BLOCKS), INVARIANT_ITEMS))
+        return self.max_items
 
     @property
     def chunk_blocks(self) -> int:
@@ -145,6 +164,8 @@ def _decode_plan_kernel(
     ITEM_OVERHEAD: tl.constexpr,
     REQS_PADDED: tl.constexpr,
     ITEMS: tl.constexpr,
+    INVARIANT_BLOCKS: tl.constexpr,
+    INVARIANT_ITEMS: tl.constexpr,
 ):
     requests = tl.arange(0, REQS_PADDED)
     seq_lens = tl.load(seq_lens_ptr + requests, mask=requests < num_reqs, other=0)
@@ -165,6 +186,8 @@ def _decode_plan_kernel(
         cost *= (items + SLOTS - 1) // SLOTS
         size = tl.where(cost < least, wanted, size)
         least = tl.minimum(cost, least)
+    if INVARIANT_ITEMS > 0:
+        size = tl.maximum((blocks + INVARIANT_ITEMS - 1) // INVARIANT_ITEMS, INVARIANT_BLOCKS)
     # padding rows have an item, too, so that somebody clears their output
     size = tl.maximum(size, 1)
     counts = tl.where(requests < num_reqs, tl.maximum((blocks + size - 1) // size, 1), 0)
@@ -214,7 +237,7 @@ class DecodePlan:
         """Plans a batch on the device and returns the plan cut to its size.
 
         Every request is cut into equal runs of blocks, so that all items of the batch are of
-        about one size. Rows of length 0 are padding and get one item without blocks.
+        about one size, unless the limits are batch invariant. Rows of length 0 are padding and get one item without blocks.
 
         Args:
             seq_lens: int32 `[num_reqs]`, contiguous, within the limits.
@@ -236,6 +259,8 @@ class DecodePlan:
             ITEM_OVERHEAD=tuning.item_overhead,
             REQS_PADDED=triton.next_power_of_2(num_reqs),
             ITEMS=items,
+            INVARIANT_BLOCKS=INVARIANT_BLOCKS,
+            INVARIANT_ITEMS=limits.max_request_items if limits.batch_invariant else 0,
             num_warps=4,
         )
         return replace(self, work=self.work[:num_items])

@@ -130,6 +130,19 @@ def gather_kv_reference(
     return key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype)
 
 
+def _group_rows(tokens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The rows of each KV group, `[num_kv_heads, query_len * group, ...]`, of `[query_len,
+    num_heads, ...]`."""
+    return tokens.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _unseen(seq_len: int, query_len: int, num_rows: int, device: torch.device) -> torch.Tensor:
+    """Which tokens come after a group's row, bool `[num_rows, seq_len]`."""
+    positions = torch.arange(seq_len, device=device)
+    after = positions > positions[seq_len - query_len :, None]
+    return after.repeat_interleave(num_rows // query_len, dim=0)
+
+
 def decode_attention_reference(
     query: torch.Tensor,
     planes: KVPlanes,
@@ -145,16 +158,15 @@ def decode_attention_reference(
     counters: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`decode_attention` in PyTorch, in `dtype`.
+    """`decode_attention` in PyTorch, in `dtype`; every length is 0 or at least query_len.
 
-    Returns the output `[num_reqs, num_heads, head_size]` in `dtype` and, for each request, which
-    blocks each KV head kept, bool `[num_kv_heads, num_blocks]`.
+    Returns the output, shaped like `query`, in `dtype` and, for each request, which blocks each KV
+    head kept, bool `[num_kv_heads, num_blocks]`.
     """
-    num_reqs, num_heads, head_size = query.shape
-    num_kv_heads = planes.num_kv_heads
-    group = num_heads // num_kv_heads
+    num_reqs, num_kv_heads = seq_lens.shape[0], planes.num_kv_heads
+    query_len = query.shape[0] // num_reqs
     scale_log2 = scale * math.log2(math.e)
-    output = torch.zeros(num_reqs, num_heads, head_size, dtype=dtype, device=query.device)
+    output = torch.zeros(query.shape, dtype=dtype, device=query.device)
     kept_blocks = []
     for request, seq_len in enumerate(seq_lens.tolist()):
         num_blocks = -(-seq_len // block_size)
@@ -168,22 +180,26 @@ def decode_attention_reference(
         exponent = _tokens(planes.key_exponent, pages, seq_len)
         value = _tokens(planes.value, pages, seq_len)
         value_exponent = _tokens(planes.value_exponent, pages, seq_len)
-        rows = query[request].to(dtype).view(num_kv_heads, group, head_size)
+        new = slice(request * query_len, (request + 1) * query_len)
+        rows = _group_rows(query[new].to(dtype), num_kv_heads)
+        unseen = _unseen(seq_len, query_len, rows.shape[1], query.device)
         margin = math.inf if delta is None else float(delta[request % delta.shape[0]])
         if margin < math.inf and seq_len >= min_context:
             scores = rows @ _widen(base, dtype).mT * scale_log2
             if exponent is not None:
                 scores = scores * _power_of_two(exponent, dtype).mT
+            scores = scores.masked_fill(unseen, -math.inf)
             if precomputed_threshold is None:
                 first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]
                 threshold = torch.maximum(first.amax(-1), last.amax(-1)) - margin
             else:
-                threshold = precomputed_threshold[request].to(dtype).view(num_kv_heads, group)
+                threshold = _group_rows(precomputed_threshold[new].to(dtype), num_kv_heads)
             above = (scores >= threshold[..., None]).any(1)  # [num_kv_heads, seq_len]
             above = F.pad(above, (0, num_blocks * block_size - seq_len))
             keep[:] = above.view(num_kv_heads, num_blocks, block_size).any(-1)
-            keep[:, -1] = True
+            keep[:, (seq_len - query_len) // block_size :] = True
         tokens = keep.repeat_interleave(block_size, dim=1)[:, :seq_len]
+        result = torch.empty_like(rows)
         for head in range(num_kv_heads):
             chosen = tokens[head].nonzero().squeeze(1)
             key = join_key_reference(
@@ -193,11 +209,12 @@ def decode_attention_reference(
                 planes.residual_scale,
                 dtype,
             )
-            weights = torch.softmax(rows[head] @ key.mT * scale, dim=-1)
+            scores = (rows[head] @ key.mT * scale).masked_fill(unseen[:, chosen], -math.inf)
             chosen_value = join_value_reference(
                 _rows(value, head, chosen), _rows(value_exponent, head, chosen), dtype
             )
-            output[request, head * group : (head + 1) * group] = weights @ chosen_value
+            result[head] = torch.softmax(scores, dim=-1) @ chosen_value
+        output[new] = result.unflatten(1, (query_len, -1)).transpose(0, 1).flatten(1, 2)
         if counters is not None:
             counters += torch.tensor([int(keep.sum()), keep.numel()], device=counters.device)
     return output, kept_blocks

@@ -22,7 +22,8 @@ ANCHOR_TOKENS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of a batch. `interleaved` puts the layers of the cache inside its pages."""
+    """Shapes of a batch. `interleaved` puts the layers of the cache inside its pages. The last
+    `query_len` tokens of every request are its query."""
 
     lengths: tuple[int, ...] = (130, 1, 300, 63)
     head_size: int = 64
@@ -36,6 +37,7 @@ class Case:
     fp8_value: bool = False
     interleaved: bool = False
     key_scale: float = 1.0
+    query_len: int = 1
     seed: int = 0
 
     @property
@@ -55,6 +57,7 @@ class Case:
             self.head_size,
             self.block_size,
             num_processors,
+            self.query_len,
         )
 
 
@@ -63,7 +66,7 @@ class Batch:
     """A batch whose tokens lie in shuffled pages of layer 1 of three; the rest is poison."""
 
     case: Case
-    qkv: torch.Tensor  # [num_reqs, (num_heads + 2 * num_kv_heads) * head_size]
+    qkv: torch.Tensor  # [num_reqs * query_len, (num_heads + 2 * num_kv_heads) * head_size]
     key: torch.Tensor  # [num_tokens, num_kv_heads, head_size]
     value: torch.Tensor
     storage: torch.Tensor
@@ -71,7 +74,7 @@ class Batch:
     seq_lens: torch.Tensor
 
     def query(self, device: str = "cpu") -> torch.Tensor:
-        """`[num_reqs, num_heads, head_size]`, a slice of the packed projections."""
+        """`[num_reqs * query_len, num_heads, head_size]`, a slice of the packed projections."""
         case = self.case
         width = case.num_kv_heads * case.group * case.head_size
         return self.qkv.to(device)[:, :width].unflatten(1, (-1, case.head_size))
@@ -121,9 +124,11 @@ def make_batch(case: Case) -> Batch:
         return torch.randn(*shape, generator=generator)
 
     num_reqs, size = len(case.lengths), case.head_size
+    num_queries = num_reqs * case.query_len
     shared = normal(num_reqs, case.num_kv_heads, 1, size)
-    query = shared + 0.5 * normal(num_reqs, case.num_kv_heads, case.group, size)
-    qkv = torch.cat([query.flatten(1), normal(num_reqs, 2 * case.num_kv_heads * size)], dim=1)
+    query = shared.repeat_interleave(case.query_len, dim=0)
+    query = query + 0.5 * normal(num_queries, case.num_kv_heads, case.group, size)
+    qkv = torch.cat([query.flatten(1), normal(num_queries, 2 * case.num_kv_heads * size)], dim=1)
     num_tokens = sum(case.lengths)
     key = case.key_scale * normal(num_tokens, case.num_kv_heads, size)
     first = 0
@@ -158,7 +163,7 @@ def run_decode(
 ) -> tuple[torch.Tensor, list[int]]:
     """Runs the kernels on the batch; what they may not rely on is poison.
 
-    Returns the output and the counters.
+    Returns the output and the counters. The plan's arrivals must be zeros again.
     """
     case = batch.case
     limits = limits or case.limits(132 if device == "cuda" else 2)
@@ -166,13 +171,14 @@ def run_decode(
     query = batch.query(device)
     dtype = query.dtype if device == "cuda" else torch.float32  # interpreted casts truncate
     output = torch.full(query.shape, math.nan, dtype=dtype, device=device)
+    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
     counters = torch.zeros(2, dtype=torch.int64, device=device)
     decode_attention(
         query,
         batch.planes(device),
         batch.block_table.to(device),
         seq_lens,
-        DecodePlan.allocate(limits, torch.device(device)).update(seq_lens),
+        plan,
         poisoned_scratch(limits, device),
         output,
         scale=case.scale,
@@ -180,6 +186,7 @@ def run_decode(
         counters=counters,
         **options,
     )
+    assert not plan.arrivals.any()
     return output.to("cpu", case.dtype), counters.tolist()
 
 
@@ -201,6 +208,7 @@ def probe_kept(batch: Batch, device: str, delta, **options) -> list[torch.Tensor
         probe.value[:] = 64.0 * (blocks[:, None] == columns)[:, None]
         probe.write()
         output, _ = run_decode(probe, device, delta, **options)
-        seen.append((output != 0).unflatten(1, (case.num_kv_heads, -1)).any(2))
+        rows = output.unflatten(1, (case.num_kv_heads, -1)).unflatten(0, (-1, case.query_len))
+        seen.append((rows != 0).any(3).any(1))
     kept = torch.cat(seen, dim=-1)
     return [flags[:, :count] for flags, count in zip(kept, counts, strict=True)]

@@ -15,6 +15,7 @@ from truth import (
     reference,
 )
 
+from vllm_ffa_fp8fp8.kernels import DecodePlan
 from vllm_ffa_fp8fp8.kernels.tuning import DEFAULT
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -39,20 +40,15 @@ def longer(case: Case, device: str) -> Case:
 @pytest.mark.parametrize(
     "head_size, group, num_kv_heads, dtype, page_size, block_size, lengths",
     [
-        (64, 4, 2, BFLOAT, 64, 64, (300, 1, 63, 449)),
-        (64, 1, 2, HALF, 16, 16, (111, 17, 130)),
-        (64, 7, 1, BFLOAT, 80, 64, (161, 500)),
+        (64, 4, 2, BFLOAT, 64, 64, (300, 1, 63)),
         (64, 16, 1, BFLOAT, 128, 32, (129, 300)),
         (80, 3, 2, BFLOAT, 48, 16, (49, 130)),
-        (80, 16, 1, HALF, 64, 128, (65, 700)),
-        (96, 7, 1, HALF, 32, 64, (33, 111, 400)),
-        (96, 8, 2, BFLOAT, 48, 32, (63, 200)),
+        (80, 16, 1, HALF, 64, 128, (65, 500)),
+        (96, 7, 1, HALF, 32, 64, (33, 300)),
         (128, 8, 1, BFLOAT, 128, 128, (129, 700)),
         (128, 4, 2, BFLOAT, 64, 16, (63, 150)),
-        (128, 3, 1, HALF, 32, 32, (33, 300)),
-        (256, 16, 1, HALF, 80, 32, (81, 200)),
-        (256, 1, 1, BFLOAT, 16, 128, (17, 700)),
-        (256, 3, 1, BFLOAT, 48, 64, (111, 300)),
+        (256, 1, 1, HALF, 16, 32, (17, 200)),
+        (256, 3, 1, BFLOAT, 80, 64, (111, 300)),
     ],
 )
 def test_shapes(device, head_size, group, num_kv_heads, dtype, page_size, block_size, lengths):
@@ -67,46 +63,30 @@ def test_shapes(device, head_size, group, num_kv_heads, dtype, page_size, block_
         assert_within_budget(output, dense, plain_attention(batch, everything))
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
-def test_the_budget_rejects_wrong_outputs(dtype):
-    """Without a kernel: each wrong output comes from the oracle itself."""
-    batch = make_batch(Case((400, 400), dtype=dtype, block_size=16, key_scale=2.0))
-    delta = choose_delta(batch)
-    exact, kept = reference(batch, delta)
-    plain = plain_attention(batch, kept)
-    assert_within_budget(exact.to(dtype), exact, plain)
-    other_page = batch.block_table.clone()
-    other_page[:, 6] = other_page[:, 0]
-    planes = batch.planes()
-    wrong = {
-        "zeros": torch.zeros_like(exact),
-        "residual left out": reference(batch, delta, planes._replace(key_residual=None))[0],
-        "residual at the wrong scale": reference(
-            batch, delta, planes._replace(residual_scale=16.0)
-        )[0],
-        "threshold ignored": reference(batch, None)[0],
-        "wrong last page": reference(batch, delta, table=other_page)[0],
-        "pages of another request": reference(batch, delta, table=batch.block_table.flip(0))[0],
-        "not a number": exact * math.nan,
-    }
-    for name, output in wrong.items():
-        with pytest.raises(AssertionError):
-            assert_within_budget(output, exact, plain)
-            pytest.fail(f"{name} is within the budget", pytrace=False)
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_strides_of_the_cache(device, interleaved):
-    batch = make_batch(longer(Case(interleaved=interleaved, block_size=16), device))
+    batch = make_batch(longer(Case((130, 1), interleaved=interleaved, block_size=16), device))
     check(batch, device, choose_delta(batch))
 
 
 @pytest.mark.parametrize("fp8_key, dtype", [(True, BFLOAT), (False, BFLOAT), (False, HALF)])
 def test_pages_without_the_residual(device, fp8_key, dtype):
     """And those of GPUs without FP8, whose keys are 16-bit."""
-    case = Case((300, 17), dtype=dtype, fp8_key=fp8_key, residual=False, block_size=16)
+    case = Case((150, 17), dtype=dtype, fp8_key=fp8_key, residual=False, block_size=16)
     batch = make_batch(longer(case, device))
     check(batch, device, choose_delta(batch))
+
+
+@pytest.mark.parametrize("query_len, block_size", [(1, 16), (2, 64)])
+def test_fp8_values(device, query_len, block_size):
+    """The oracle reads the same cache: only the kernel's own error counts."""
+    case = Case((150, 67), fp8_value=True, block_size=block_size, query_len=query_len)
+    batch = make_batch(longer(case, device))
+    output, _ = check(batch, device, choose_delta(batch))
+    check(batch, device, None)
+    exact, kept = reference(make_batch(dataclasses.replace(batch.case, fp8_value=False)), None)
+    with pytest.raises(AssertionError):  # values are not what they were rounded from
+        assert_within_budget(output, exact, plain_attention(batch, kept))
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 3.0, 1e4])
@@ -117,10 +97,10 @@ def test_magnitudes_of_keys(device, magnitude):
     check(batch, device, choose_delta(batch))
 
 
-@pytest.mark.parametrize("num_reqs", [1, 5, 33])
+@pytest.mark.parametrize("num_reqs", [1, 5, 17])
 def test_padded_rows(device, num_reqs):
     """Rows of length 0, in the middle and at the end, become 0; the others do not notice."""
-    lengths = tuple(0 if row % 3 == 1 or row > 30 else 40 + 9 * row for row in range(num_reqs))
+    lengths = tuple(0 if row % 3 == 1 or row > 15 else 40 + 5 * row for row in range(num_reqs))
     case = Case(lengths, group=1, num_kv_heads=1, block_size=16)
     batch = make_batch(case)
     delta = choose_delta(batch)
@@ -144,13 +124,13 @@ def test_all_rows_padded(device):
 
 
 def test_unpruned(device):
-    batch = make_batch(Case(block_size=16))
-    for delta in (None, torch.tensor([math.inf]), torch.full((4,), math.inf)):
+    batch = make_batch(Case((130, 1, 63), block_size=16))
+    for delta in (None, torch.tensor([math.inf])):
         check(batch, device, delta)
 
 
 def test_one_delta_or_one_a_request(device):
-    batch = make_batch(Case((200, 300, 250), block_size=16))
+    batch = make_batch(Case((100, 150, 125), block_size=16))
     one = choose_delta(batch, per_request=False)
     check(batch, device, one)
     check(batch, device, one.repeat(3))
@@ -163,21 +143,22 @@ def test_one_delta_or_one_a_request(device):
 
 def test_min_context(device):
     """Requests below it run unpruned, and one of just that length is pruned."""
-    batch = make_batch(Case((200, 300, 299), block_size=16))
+    batch = make_batch(Case((100, 150, 149), block_size=16))
     delta = choose_delta(batch)
-    check(batch, device, delta, min_context=300)
-    kept = probe_kept(batch, device, delta, min_context=300)
+    check(batch, device, delta, min_context=150)
+    kept = probe_kept(batch, device, delta, min_context=150)
     assert [bool(k.all()) for k in kept] == [True, False, True]
 
 
-def test_threshold_of_its_own_kernel(device):
-    batch = make_batch(Case((200, 0, 300), block_size=16))
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_threshold_of_its_own_kernel(device, query_len):
+    batch = make_batch(Case((100, 0, 150), block_size=16, query_len=query_len))
     check(batch, device, choose_delta(batch), precomputed_threshold=True)
 
 
 def test_given_threshold(device):
     """Used as it is, by request and head."""
-    batch = make_batch(Case((200, 0, 300), block_size=16))
+    batch = make_batch(Case((100, 0, 150), block_size=16))
     threshold = torch.full((3, 8), 1e30)
     threshold[0] = -1e30
     threshold[2, 5] = -1e30  # one head of the second group
@@ -185,38 +166,78 @@ def test_given_threshold(device):
         batch, device, torch.tensor([0.0]), precomputed_threshold=threshold.to(device)
     )
     assert kept[0].all() and kept[2][1].all()
-    assert kept[2][0].nonzero().flatten().tolist() == [18]
+    assert kept[2][0].nonzero().flatten().tolist() == [9]
 
 
 @pytest.mark.parametrize(
-    "tuning",
+    "query_len, tuning",
     [
-        {"score_bytes": 0},
-        {"score_bytes": 20 * 16 * 8 * 4},  # room for the first request alone
-        {"min_blocks": 1, "max_blocks": 1, "scan_tokens": 16},
-        {"waves": 1, "scan_tokens": 256},
+        (1, {"score_bytes": 0}),
+        (3, {"score_bytes": 0}),
+        (1, {"chunk_blocks": 2, "scan_tokens": 16}),
+        (1, {"min_blocks": 1, "max_blocks": 1, "scan_tokens": 16}),
+        (1, {"waves": 1, "scan_tokens": 256}),
     ],
 )
-def test_tuning(device, tuning):
-    """However decode is cut: no scores handed on, items of one block, one wave."""
-    case = Case((300, 200, 250), block_size=16)
+def test_tuning(device, query_len, tuning):
+    """However decode is cut: chunks of one tile of the scan, items of one block, one wave."""
+    case = Case((150, 100, 120), block_size=16, query_len=query_len)
     batch = make_batch(case)
     delta = choose_delta(batch)
     delta[2] = math.inf
-    limits = dataclasses.replace(case.limits(8), tuning=dataclasses.replace(DEFAULT, **tuning))
+    limits = dataclasses.replace(case.limits(1), tuning=dataclasses.replace(DEFAULT, **tuning))
     check(batch, device, delta, limits=limits)
+
+
+@pytest.mark.parametrize("chunk_blocks", [1, 2, 4])
+def test_items_of_many_chunks(device, chunk_blocks):
+    """An item goes on with the same softmax, and with places of the block table, chunk by chunk."""
+    case = Case((230, 97), num_kv_heads=1, page_size=32, block_size=16)
+    tuning = dataclasses.replace(
+        DEFAULT, chunk_blocks=chunk_blocks, scan_tokens=16, min_blocks=100, waves=1
+    )
+    limits = dataclasses.replace(case.limits(1), tuning=tuning)
+    assert limits.chunk_blocks == chunk_blocks
+    batch = make_batch(case)
+    plan = DecodePlan.allocate(limits, torch.device("cpu")).update(batch.seq_lens)
+    assert plan.work[:2, 2].tolist() == [1, 1]  # an item a request
+    check(batch, device, choose_delta(batch), limits=limits)
+    check(batch, device, None, limits=limits)
 
 
 def test_decisions_of_a_plain_delta(device):
     """A delta that was not picked for its gaps: decisions differ within rounding only."""
-    batch = make_batch(longer(Case((700, 900), block_size=16, num_kv_heads=1), device))
+    batch = make_batch(longer(Case((300, 400), block_size=16, num_kv_heads=1), device))
     middle = torch.cat([e.flatten() for e in block_excess(batch)]).median()
     delta = -middle.float().reshape(1)  # one block lies on the threshold
     assert_kept(batch, probe_kept(batch, device, delta), delta)
 
 
 def test_runs_are_bit_equal(device):
-    batch = make_batch(longer(Case((300, 200), block_size=16), device))
+    batch = make_batch(longer(Case((150, 100), block_size=16), device))
     delta = choose_delta(batch)
     outputs = [run_decode(batch, device, delta)[0] for _ in range(2)]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_batch_invariant(device, query_len):
+    """A request gives the same bits alone, and among others in any order."""
+    lengths = (90, 2100, 700) if device == "cpu" else (90, 20_000, 70_000, 5000, 1)
+    case = Case(lengths, group=2, num_kv_heads=1, block_size=16, query_len=query_len)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    limits = dataclasses.replace(case.limits(132 if device == "cuda" else 2), batch_invariant=True)
+    together, _ = check(batch, device, delta, limits=limits)
+    together = together.unflatten(0, (-1, query_len))
+    for requests in ([1], list(reversed(range(len(lengths)))), [1, 1, 0]):
+        rows, picked = batch.qkv.unflatten(0, (-1, query_len)), torch.tensor(requests)
+        other = dataclasses.replace(
+            batch,
+            case=dataclasses.replace(case, lengths=tuple(lengths[i] for i in requests)),
+            qkv=rows[picked].flatten(0, 1),
+            block_table=batch.block_table[picked],
+            seq_lens=batch.seq_lens[picked],
+        )
+        output, _ = run_decode(other, device, delta[picked], limits=limits)
+        assert torch.equal(output.unflatten(0, (-1, query_len)), together[picked])

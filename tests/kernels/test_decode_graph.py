@@ -54,44 +54,51 @@ class Step:
         exact, kept = reference(batch, delta)
         output = self.output.to("cpu", batch.case.dtype)
         assert_within_budget(output, exact, plain_attention(batch, kept))
+        assert not self.plan.arrivals.any()
 
 
-LARGEST = Case((400, 333, 400), block_size=16, num_kv_heads=1)
+LARGEST = Case((260, 233, 260), block_size=16, num_kv_heads=1)
+DRAFTS = dataclasses.replace(LARGEST, group=3, query_len=5)
+MANY = Case((700,) * 64, block_size=64, query_len=2)  # a GPU's
 
 
-def batches() -> list:
-    """Batches within the largest one, padding and single tokens among them."""
-    lengths = ((300, 0, 17), (1, 400, 0), (64, 63, 65), (0, 0, 0), (400, 1, 333))
+def batches(largest: Case) -> list:
+    """Batches within the largest one, padding and shortest requests among them."""
+    count, longest, shortest = len(largest.lengths), max(largest.lengths), largest.query_len
+    lengths = ((200, 0, 17), (shortest, longest, 0), (64, 63, 65), (0, 0, 0), (longest, 9, 233))
     return [
-        make_batch(dataclasses.replace(LARGEST, lengths=one, seed=seed))
+        make_batch(dataclasses.replace(largest, lengths=(one * count)[:count], seed=seed))
         for seed, one in enumerate(lengths)
     ]
 
 
-def test_a_plan_is_used_again(device):
-    step = Step(LARGEST, device)
-    addresses = [step.plan.work.data_ptr(), step.plan.item_offsets.data_ptr()]
-    for batch in batches():
+@pytest.mark.parametrize("largest", [LARGEST, DRAFTS], ids=["one token", "five tokens"])
+def test_a_plan_is_used_again(device, largest):
+    step = Step(largest, device)
+    addresses = [step.plan.work.data_ptr(), step.plan.arrivals.data_ptr()]
+    for batch in batches(largest):
         step.load(batch)
         step()
         step.check(batch)
     plan = step.plan.update(step.seq_lens)
-    assert [plan.work.data_ptr(), plan.item_offsets.data_ptr()] == addresses
+    assert [plan.work.data_ptr(), plan.arrivals.data_ptr()] == addresses
 
 
 @pytest.mark.gpu
-def test_graph():
+@pytest.mark.parametrize("largest", [LARGEST, DRAFTS, MANY], ids=["one token", "five", "many"])
+def test_graph(largest):
     """Captured once, plan included; every batch replays it on buffers filled in place."""
-    step = Step(LARGEST, "cuda")
+    step = Step(largest, "cuda")
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for batch in batches():
+    for batch in batches(largest):
         step.load(batch)
-        step.output.fill_(float("nan"))
-        graph.replay()
+        for _ in range(3):  # each leaves the arrivals as it found them
+            step.output.fill_(float("nan"))
+            graph.replay()
         step.check(batch)
         replayed = step.output.clone()
         step()

@@ -1,5 +1,7 @@
 """The plan covers every block once and cuts a batch into items of about one size."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,69 +11,108 @@ from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan, DecodeScratch
 
 LIMITS = [
     DecodeLimits(40, 200_000, 32, 8, 128, 16, num_processors=132),
-    DecodeLimits(40, 200_000, 4, 2, 64, 128, num_processors=2),
+    DecodeLimits(40, 200_000, 4, 2, 64, 128, num_processors=2, query_len=4),
 ]
 lengths = st.lists(
     st.one_of(st.just(0), st.integers(1, 300), st.integers(1, 200_000)), min_size=1, max_size=40
 )
 
 
-def items_of(plan: DecodePlan) -> list[list[tuple[int, ...]]]:
-    """By request: index, number of items, number of blocks, blocks before, length."""
-    num_reqs = len(plan.item_offsets) - 1
+def plan_of(limits: DecodeLimits, lengths: list[int], device: str) -> DecodePlan:
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
+
+
+def items_of(plan: DecodePlan, num_reqs: int) -> list[list[tuple[int, ...]]]:
+    """By request: index, number of items, length. The items of a request follow one another, and
+    those without work come last."""
+    rows = plan.work.tolist()
+    order = [request if request >= 0 else num_reqs for request, *_ in rows]
+    assert order == sorted(order)
     items = [[] for _ in range(num_reqs)]
-    for request, *rest in plan.work[:, :6].tolist():
+    for request, *rest in rows:
         if request >= 0:
             items[request].append(tuple(rest))
     return items
+
+
+def sizes_of(items: list[list[tuple[int, ...]]], block_size: int) -> list[tuple[int, int]]:
+    """Of every item: its blocks, and the items of its request. Checks that they cover it."""
+    sizes = []
+    for own in items:
+        length = own[0][2]
+        count = -(-length // block_size)
+        assert own == [(place, len(own), length) for place in range(len(own))]
+        covered = [
+            range(index * count // num_items, (index + 1) * count // num_items)
+            for index, num_items, _ in own
+        ]
+        assert [block for run in covered for block in run] == list(range(count))
+        sizes += [(len(run), len(own)) for run in covered]
+    return sizes
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=["gpu-like", "small"])
 @settings(max_examples=40, deadline=None)
 @given(lengths=lengths)
 def test_every_block_is_covered_once(device, limits, lengths):
-    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
+    plan = plan_of(limits, lengths, device)
     assert plan.num_items == len(plan.work) == limits.num_items(len(lengths))
-    items = items_of(plan)
-    blocks = [-(-length // limits.block_size) for length in lengths]
-    offset, sizes = 0, []
-    for request, (own, count) in enumerate(zip(items, blocks, strict=True)):
-        assert plan.item_offsets[request] == offset
-        assert len(own) <= limits.max_request_items
-        offset += len(own)
-        covered = []
-        for place, (index, num_items, num_blocks, before, length) in enumerate(own):
-            assert (index, num_items, num_blocks) == (place, len(own), count)
-            assert (before, length) == (sum(blocks[:request]), lengths[request])
-            covered.append(range(index * count // num_items, (index + 1) * count // num_items))
-        assert [block for run in covered for block in run] == list(range(count))
-        sizes += [(len(run), len(own)) for run in covered]
-    assert plan.item_offsets[-1] == offset <= plan.num_items
-    assert_balanced(limits, sizes, sum(blocks))
-
-
-def assert_balanced(limits: DecodeLimits, sizes: list[tuple[int, int]], total: int) -> None:
-    """No item is empty, too large for one wave, or less than half the largest if cut."""
-    largest = max((size for size, _ in sizes), default=0)
-    assert largest <= max(limits.tuning.min_blocks, -(-total // limits.slots))
+    items = items_of(plan, len(lengths))
+    assert [own[0][2] for own in items] == lengths  # padding rows have an item, too
+    assert max(map(len, items)) <= limits.max_request_items
+    sizes = sizes_of(items, limits.block_size)
+    largest = max(size for size, _ in sizes)
     for size, num_items in sizes:
-        assert size > 0
-        assert num_items == 1 or size >= largest // 2
+        assert num_items == 1 or largest // 2 <= size > 0
 
 
-def test_padded_rows_get_no_work(device):
-    seq_lens = torch.tensor([0, 500, 0, 0], dtype=torch.int32, device=device)
-    plan = DecodePlan.allocate(LIMITS[1], torch.device(device)).update(seq_lens)
-    assert [len(items) > 0 for items in items_of(plan)] == [False, True, False, False]
-    assert (plan.update(torch.zeros_like(seq_lens)).work[:, 0] == -1).all()
+@pytest.mark.parametrize("num_reqs, length", [(1, 8192), (1, 131_072), (8, 32_768), (32, 5000)])
+def test_waves_are_full(device, num_reqs, length):
+    """Items are as many as run at a time, or a small multiple of it, less a few."""
+    limits = LIMITS[0]
+    lengths = [length - 37 * request for request in range(num_reqs)]
+    sizes = sizes_of(items_of(plan_of(limits, lengths, device), num_reqs), limits.block_size)
+    waves = -(-len(sizes) // limits.slots)
+    assert waves <= limits.tuning.waves
+    assert len(sizes) >= 0.85 * waves * limits.slots
+    if waves < limits.tuning.waves:
+        assert max(size for size, _ in sizes) <= 1.3 * limits.tuning.max_blocks
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=lengths)
+def test_batch_invariant_plans(device, lengths):
+    """Every request is cut as it is alone, and a batch of the longest requests fits."""
+    limits = dataclasses.replace(LIMITS[0], batch_invariant=True)
+    items = items_of(plan_of(limits, lengths, device), len(lengths))
+    sizes_of(items, limits.block_size)
+    for own, length in zip(items, lengths, strict=True):
+        assert len(own) == min(max(1, -(-length // (64 * 16))), 32)
+    assert limits.num_items(len(lengths)) == 32 * len(lengths)
+
+
+def test_batch_invariant_limits_of_short_requests(device):
+    limits = dataclasses.replace(LIMITS[1], batch_invariant=True, seq_len=20_000)
+    assert limits.num_items(7) == 7 * 3
+    items = items_of(plan_of(limits, [20_000] * 7, device), 7)
+    assert [len(own) for own in items] == [3] * 7
+
+
+def test_padded_rows_have_one_item_without_blocks(device):
+    """Somebody has to clear their output."""
+    items = items_of(plan_of(LIMITS[1], [0, 50_000, 0, 0], device), 4)
+    assert items[0] == items[2] == items[3] == [(0, 1, 0)]
+    assert len(items[1]) > 1
+    assert items_of(plan_of(LIMITS[1], [0] * 4, device), 4) == [[(0, 1, 0)]] * 4
 
 
 def test_a_smaller_batch_leaves_nothing_of_the_last(device):
     whole = DecodePlan.allocate(LIMITS[1], torch.device(device))
     whole.update(torch.full((40,), 200_000, dtype=torch.int32, device=device))
     plan = whole.update(torch.tensor([1, 1], dtype=torch.int32, device=device))
-    assert [len(items) for items in items_of(plan)] == [1, 1]
+    assert [len(items) for items in items_of(plan, 2)] == [1, 1]
+    assert plan.arrivals.shape == (40, 2) and not plan.arrivals.any()
 
 
 def test_a_batch_beyond_the_limits(device):
@@ -84,3 +125,6 @@ def test_scratch_follows_its_shapes():
     scratch = DecodeScratch.allocate(LIMITS[1], torch.device("cpu"))
     found = [(tuple(tensor.shape), tensor.dtype) for tensor in vars(scratch).values()]
     assert found == list(LIMITS[1].scratch_shapes)
+    rows = (LIMITS[1].num_items(40), 4 * 4)
+    assert found[:2] == [((*rows, 64), torch.float32), (rows, torch.float32)]
+    assert found[3] == ((40 * 4, 4), torch.float32)

@@ -10,6 +10,7 @@ from cases import Case, make_batch
 from truth import assert_kept, choose_delta, reference
 
 from vllm_ffa_fp8fp8.kernels.reference import (
+    gather_kv_reference,
     join_key_reference,
     join_value_reference,
     prefill_attention_reference,
@@ -92,6 +93,55 @@ def test_pruned_attention(block_size, page_size):
     scores = batch.query()[1].double() @ batch.key[200:][tokens, 0].double().T * case.scale
     expected = scores.softmax(-1) @ batch.value[200:][tokens, 0].double()
     assert torch.allclose(output[1], expected, atol=1e-5)
+
+
+def test_query_tokens_see_what_comes_before_them():
+    """Several query tokens give what each gives as the newest one of a shorter request."""
+    case = Case((130, 5, 64, 67), num_kv_heads=2, group=3, query_len=5, block_size=16)
+    batch = make_batch(case)
+    output, _ = reference(batch, None)
+    tokens = output.unflatten(0, (-1, case.query_len))
+    for token in range(case.query_len):
+        alone = dataclasses.replace(
+            batch,
+            qkv=batch.qkv[token :: case.query_len],
+            seq_lens=batch.seq_lens - (case.query_len - 1 - token),
+        )
+        assert torch.allclose(reference(alone, None)[0], tokens[:, token], atol=1e-12)
+
+
+@pytest.mark.parametrize("query_len", [2, 8])
+def test_query_tokens_keep_blocks_together(query_len):
+    """Each row has a threshold of its own; the blocks of the query tokens are always kept."""
+    lengths = (300, 200, 161, query_len)  # 161: the query tokens lie in two blocks
+    batch = make_batch(Case(lengths, query_len=query_len, block_size=16))
+    delta = choose_delta(batch)
+    output, kept = reference(batch, delta)
+    assert_kept(batch, kept, delta)
+    assert not any(k.all() for k in kept[:3])
+    assert kept[2][:, -2:].all()
+    thresholds = torch.stack(thresholds_of_rows(batch)) - delta[:, None, None]
+    given = reference(batch, delta, precomputed_threshold=thresholds.flatten(0, 1))
+    assert torch.equal(given[0], output) and all(map(torch.equal, given[1], kept))
+
+
+def thresholds_of_rows(batch) -> list[torch.Tensor]:
+    """By request the best score of its anchors that each row sees, `[query_len, num_heads]`."""
+    case, best = batch.case, []
+    planes = batch.planes()._replace(key_residual=None)
+    for request, length in enumerate(case.lengths):
+        table = batch.block_table[request]
+        key, _ = gather_kv_reference(planes, table, length, torch.float64)
+        tokens, rows = torch.arange(length), []
+        for token in range(case.query_len):
+            query = batch.query()[request * case.query_len + token].double()
+            scores = torch.einsum("hd,thd->ht", query, key.repeat_interleave(case.group, dim=1))
+            scores *= case.scale * math.log2(math.e)
+            seen = tokens <= length - case.query_len + token
+            anchors = seen & ((tokens < 16) | (tokens >= length - 16))
+            rows.append(scores[:, anchors].amax(1))
+        best.append(torch.stack(rows))
+    return best
 
 
 def test_counters():

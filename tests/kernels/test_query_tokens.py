@@ -1,0 +1,128 @@
+"""Decode with several query tokens a request, as speculative decoding asks for it."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import Case, make_batch, probe_kept, run_decode
+from truth import assert_kept, assert_within_budget, choose_delta, plain_attention, reference
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "query_len, group, num_kv_heads, dtype, page_size, block_size, lengths",
+    [
+        (2, 1, 2, BFLOAT, 64, 16, (129, 2, 64)),  # 129: the query tokens lie in two blocks
+        (2, 16, 1, HALF, 48, 32, (2, 161)),
+        (3, 7, 1, BFLOAT, 64, 16, (130, 3)),
+        (3, 4, 2, HALF, 16, 32, (163, 66)),
+        (8, 4, 1, BFLOAT, 32, 16, (8, 165, 150)),
+        (8, 16, 1, BFLOAT, 64, 64, (195, 9)),
+        (8, 1, 1, HALF, 16, 16, (23, 132)),
+    ],
+)
+def test_query_tokens(
+    device, query_len, group, num_kv_heads, dtype, page_size, block_size, lengths
+):
+    lengths += (4097, 1777) if device == "cuda" else ()
+    shape = (group, num_kv_heads, dtype, page_size, block_size)
+    batch = make_batch(Case(lengths, 64, *shape, query_len=query_len))
+    delta = choose_delta(batch)
+    output, counters = run_decode(batch, device, delta)
+    exact, kept = reference(batch, delta)
+    assert counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
+    assert counters[0] < counters[1]
+    assert_within_budget(output, exact, plain_attention(batch, kept))
+    assert_kept(batch, probe_kept(batch, device, delta), delta)
+    dense, everything = reference(batch, None)
+    plain = plain_attention(batch, everything)
+    output, _ = run_decode(batch, device, None)
+    assert_within_budget(output, dense, plain)
+    for wrong in wrongly_causal(batch, dense):
+        with pytest.raises(AssertionError):
+            assert_within_budget(wrong, dense, plain)
+
+
+def wrongly_causal(batch, dense: torch.Tensor) -> list[torch.Tensor]:
+    """Oracles in which a token sees the one after it, one token less than it should, or all."""
+    query_len, num_reqs = batch.case.query_len, len(batch.seq_lens)
+    tokens = torch.arange(query_len).repeat(num_reqs)
+    alone = dataclasses.replace(
+        batch,
+        case=dataclasses.replace(batch.case, query_len=1),
+        block_table=batch.block_table.repeat_interleave(query_len, dim=0),
+    )
+    ends = batch.seq_lens.repeat_interleave(query_len)
+    seen = ends - (query_len - 1 - tokens)
+    assert torch.allclose(
+        reference(dataclasses.replace(alone, seq_lens=seen), None)[0], dense, atol=1e-12
+    )
+    wrong = ((seen + 1).minimum(ends), seen - 1, ends)
+    return [reference(dataclasses.replace(alone, seq_lens=n), None)[0] for n in wrong]
+
+
+def test_fewer_query_tokens_than_the_limits_allow(device):
+    """Steps without drafts run on the same plan and scratch."""
+    case = Case((100, 150), block_size=16)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    limits = dataclasses.replace(case.limits(), query_len=5)
+    output, _ = run_decode(batch, device, delta, limits=limits)
+    exact, kept = reference(batch, delta)
+    assert_within_budget(output, exact, plain_attention(batch, kept))
+
+
+def test_padded_rows(device):
+    case = Case((40, 0, 0, 67, 0), group=3, num_kv_heads=1, block_size=16, query_len=5)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    output, _ = run_decode(batch, device, delta)
+    exact, kept = reference(batch, delta)
+    assert_within_budget(output, exact, plain_attention(batch, kept))
+    padded = (batch.seq_lens == 0).repeat_interleave(5)
+    assert (output[padded] == 0).all() and (output[~padded] != 0).all()
+
+
+def test_a_given_threshold_of_every_row(device):
+    """One row of a later token alone asks for the blocks of its KV head."""
+    batch = make_batch(Case((100, 150), block_size=16, query_len=2))
+    threshold = torch.full((4, 8), 1e30)
+    threshold[3, 5] = -1e30
+    kept = probe_kept(
+        batch, device, torch.tensor([0.0]), precomputed_threshold=threshold.to(device)
+    )
+    assert [head.nonzero().flatten().tolist() for head in (*kept[0], kept[1][0])] == [
+        [6], [6], [9],
+    ]  # fmt: skip
+    assert kept[1][1].all()
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF])
+def test_the_budget_rejects_wrong_outputs(dtype):
+    """Without a kernel: each wrong output comes from the oracle itself."""
+    case = Case((400, 400), dtype=dtype, block_size=16, key_scale=2.0, query_len=2)
+    batch = make_batch(case)
+    delta = choose_delta(batch)
+    exact, kept = reference(batch, delta)
+    plain = plain_attention(batch, kept)
+    assert_within_budget(exact.to(dtype), exact, plain)
+    other_page = batch.block_table.clone()
+    other_page[:, 6] = other_page[:, 0]
+    planes = batch.planes()
+    without_residual = planes._replace(key_residual=None)
+    other_scale = planes._replace(residual_scale=16.0)
+    wrong = {
+        "zeros": torch.zeros_like(exact),
+        "not a number": exact * float("nan"),
+        "residual left out": reference(batch, delta, without_residual)[0],
+        "residual at the wrong scale": reference(batch, delta, other_scale)[0],
+        "threshold ignored": reference(batch, None)[0],
+        "wrong last page": reference(batch, delta, table=other_page)[0],
+        "pages of another request": reference(batch, delta, table=batch.block_table.flip(0))[0],
+        "query tokens swapped": exact.unflatten(0, (2, 2)).flip(1).flatten(0, 1),
+    }
+    for name, output in wrong.items():
+        with pytest.raises(AssertionError):
+            assert_within_budget(output, exact, plain)
+            pytest.fail(f"{name} is within the budget", pytrace=False)
