@@ -17,7 +17,6 @@ from triton.compiler import ASTSource, compile
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
 from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch
 from vllm_ffa_fp8fp8.kernels.projection_tuning import MAX_PROJECTED_TOKENS, projection_tuning
-from vllm_ffa_fp8fp8.kernels.tuning import decode_tuning
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
 KERNELS = {
@@ -67,7 +66,7 @@ def compile_launch(kernel, args, kwargs, capability: int):
 
 
 def record(case: Case, capability: int) -> list:
-    """What one batch launches, pruned and not; decode only of values in the model's dtype."""
+    """What batches launch, pruned and not, of few requests and of more."""
     launches: list = []
     modules = {name: importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}") for name in KERNELS}
     originals = {}
@@ -77,22 +76,24 @@ def record(case: Case, capability: int) -> list:
             setattr(modules[name], kernel, Recorder(originals[name, kernel], launches))
     batch = make_batch(case)
     planes = case.layout.split(batch.storage[1])
-    tuning = decode_tuning(
-        case.head_size, case.block_size, planes.key.itemsize, SHARED_MEMORY[capability]
-    )
-    heads = case.num_kv_heads * case.group
-    limits = DecodeLimits(
-        len(case.lengths), 4096, heads, case.num_kv_heads, case.head_size, case.block_size, 132,
-        tuning=tuning,
-    )  # fmt: skip
-    plan = DecodePlan.allocate(limits, torch.device("cpu")).update(batch.seq_lens)
-    scratch = poisoned_scratch(limits, "cpu")
-    output = torch.empty_like(batch.query())
-    ways = ((torch.ones(1), True), (torch.ones(1), False), (None, False))
-    for delta, precomputed in () if case.fp8_value else ways:
+    for num_reqs, delta, precomputed in (
+        (4, torch.ones(1), True), (4, torch.ones(1), False), (4, None, False),
+        (1, torch.ones(1), False), (1, None, False),
+    ):  # fmt: skip
+        limits = DecodeLimits(
+            len(case.lengths), 4096, case.num_kv_heads * case.group, case.num_kv_heads,
+            case.head_size, case.block_size, 132, case.query_len, prunes=delta is not None,
+            key_bytes=planes.key.itemsize, value_bytes=planes.value.itemsize,
+            capability=(capability // 10, capability % 10),
+            shared_memory=SHARED_MEMORY[capability],
+        )  # fmt: skip
+        query = batch.query()[: num_reqs * case.query_len]
+        plan = DecodePlan.allocate(limits, torch.device("cpu"))
         modules["decode_attention"].decode_attention(
-            batch.query(), planes, batch.block_table, batch.seq_lens, plan, scratch, output,
-            scale=case.scale, delta=delta, precomputed_threshold=precomputed,
+            query, planes, batch.block_table[:num_reqs], batch.seq_lens[:num_reqs],
+            plan.update(batch.seq_lens[:num_reqs]), poisoned_scratch(limits, "cpu"),
+            torch.empty_like(query), scale=case.scale, delta=delta,
+            precomputed_threshold=precomputed,
         )  # fmt: skip
     slots = torch.arange(batch.key.shape[0])
     modules["kv_write"].write_kv(batch.key, batch.value, planes, slots)
@@ -137,6 +138,9 @@ def main(capability: int) -> None:
     ]
     if fp8:
         cases.append(Case(head_size=80, fp8_value=True))
+        cases.append(Case(head_size=128, dtype=torch.float16, fp8_value=True))
+        cases.append(Case((130, 8, 300, 63), head_size=128, query_len=8))
+        cases.append(Case((130, 8, 300, 63), head_size=128, group=16, query_len=8))
     for case in cases:
         for kernel, args, kwargs in record(case, capability):
             compiled = compile_launch(kernel, args, kwargs, capability)

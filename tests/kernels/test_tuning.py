@@ -1,42 +1,54 @@
-"""Which pipelines are chosen for which GPU."""
+"""Which launch parameters are chosen for which batch, model and GPU."""
 
 import pytest
 
-from vllm_ffa_fp8fp8.kernels.tuning import DEFAULT, decode_tuning, pipeline_bytes
+from vllm_ffa_fp8fp8.kernels.tuning import (
+    DEFAULT,
+    FEW,
+    HOPPER_SHARED_MEMORY,
+    TUNINGS,
+    decode_tuning,
+)
 
 ADA_SHARED_MEMORY = 101_376
 
-# What Triton 3.6 compiled to: bytes of a tile, of two stages, of three stages.
-COMPILED = [
-    (128 * 128, 24_584, 40_976),  # the scan, head size 128
-    (128 * 256, 40_968, 73_744),
-    (128 * 128 * 2, 45_064, 77_840),  # 16-bit keys
-    (128 * 256 * 2, 81_928, 147_472),
-    (4 * 64 * 128, 38_916, 71_688),  # the attention that reads the base
-    (4 * 128 * 128, 73_732, 139_272),
-    (4 * 64 * 256, 75_780, 141_320),
-    (4 * 128 * 256, 143_364, 274_440),
-    (3 * 64 * 128, 0, 57_344),  # the attention that starts from scores
-    (3 * 64 * 256, 0, 110_592),
-    (3 * 128 * 256, 0, 212_992),
-]
+
+def test_a_measured_gpu_has_parameters_for_few_requests():
+    assert decode_tuning(1, 128, 64) == decode_tuning(2, 128, 64) == FEW
+    assert decode_tuning(3, 128, 64) == decode_tuning(1000, 128, 64) == DEFAULT
 
 
-@pytest.mark.parametrize("tile, two_stages, three_stages", COMPILED)
-def test_the_bound_holds(tile, two_stages, three_stages):
-    assert pipeline_bytes(2, tile) >= two_stages
-    assert three_stages <= pipeline_bytes(3, tile) < 1.7 * three_stages
+def test_an_unknown_gpu_has_the_default():
+    assert decode_tuning(1, 128, 64, capability=(12, 7)) == DEFAULT
+
+
+@pytest.mark.parametrize("capability", TUNINGS)
+def test_the_last_class_takes_any_batch(capability):
+    assert TUNINGS[capability][-1][0] is None
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-def test_hopper_takes_the_default(head_size, block_size):
-    assert decode_tuning(head_size, block_size) == DEFAULT
+@pytest.mark.parametrize("shared_memory", [ADA_SHARED_MEMORY, HOPPER_SHARED_MEMORY])
+@pytest.mark.parametrize("num_reqs", [1, 64])
+def test_pipelines_fit(head_size, block_size, shared_memory, num_reqs):
+    """All programs that are to run at a time fit, and a program alone always does; that the
+    compiled kernels keep to it is test_compile's."""
+    tuning = decode_tuning(num_reqs, head_size, block_size, shared_memory=shared_memory)
+    tile = block_size * (1 << (head_size - 1).bit_length())
+    for stages, bytes_per_row, programs in (
+        (tuning.attend_stages, 3, tuning.programs_per_processor),
+        (tuning.dense_stages, 4, tuning.dense_programs_per_processor),
+    ):
+        pipeline = stages * bytes_per_row * tile
+        assert programs == 1 or programs * pipeline < shared_memory
+        assert stages == 1 or pipeline < shared_memory
 
 
 def test_a_small_gpu_takes_what_fits():
-    assert decode_tuning(128, 64, shared_memory=ADA_SHARED_MEMORY) == DEFAULT
-    tuning = decode_tuning(256, 64, shared_memory=ADA_SHARED_MEMORY)
-    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (3, 2, 2)
-    tuning = decode_tuning(256, 128, key_bytes=2, shared_memory=ADA_SHARED_MEMORY)
-    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (2, 1, 1)
+    tuning = decode_tuning(64, 256, 64, shared_memory=ADA_SHARED_MEMORY)
+    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (4, 1, 1)
+    assert tuning.programs_per_processor == 1
+    tuning = decode_tuning(64, 128, 64, shared_memory=ADA_SHARED_MEMORY)
+    assert (tuning.attend_stages, tuning.dense_stages) == (2, 2)
+    assert tuning.programs_per_processor == 1
