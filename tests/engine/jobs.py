@@ -21,6 +21,16 @@ CPU = {"enforce_eager": True, "max_model_len": 8192}
 # The mixed batch is longer than a step: prefills are cut, and run beside decodes.
 SMALL_STEPS = CPU | FINE_LOGITS | {"max_num_batched_tokens": 512, "max_num_seqs": 6}
 
+NUM_DRAFTS = 4
+DRAFTS = {
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": NUM_DRAFTS,
+        "prompt_lookup_max": 4,
+    },
+    "disable_log_stats": False,  # they count the drafts that were accepted
+}
+
 
 def mixed_batches() -> list[list[list[int]]]:
     """Mixed lengths together; then, in one step, two that the cache holds and one that it mostly
