@@ -189,3 +189,15 @@ def test_importing_costs_little():
         "assert not {'torch', 'vllm', 'triton'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dense_layers_are_those_of_the_model_that_is_drafted_for():
+    def model(num_layers):
+        return SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers)
+
+    config = SimpleNamespace(
+        model_config=model(1),  # the draft model's own configuration
+        speculative_config=SimpleNamespace(target_model_config=model(4)),
+        additional_config={"ffa_fp8fp8": {"dense_layers": [0, -1]}},
+    )
+    assert FFAConfig.from_vllm_config(config).dense_layers == (0, 3)

@@ -49,7 +49,11 @@ REFUSED_LAYERS = [
     ({"has_sliding_window": True}, "sliding window attention", "FLASH_ATTN"),
     ({"use_rswa": True}, "R-SWA", "FLASH_ATTN"),
     ({"use_non_causal": True}, "non-causal attention", "FLASH_ATTN"),
-    ({"use_batch_invariant": True}, "batch invariance", "unset VLLM_BATCH_INVARIANT"),
+    (
+        {"use_batch_invariant": True, "device_capability": None},
+        "batch invariance on the CPU",
+        "unset VLLM_BATCH_INVARIANT",
+    ),
     ({"use_kv_connector": True}, "a KV connector", "drop --kv-transfer-config"),
     ({"use_pcp": True}, "PCP", "leave --prefill-context-parallel-size at 1"),
     ({"use_dcp": True}, "DCP", "leave --decode-context-parallel-size at 1"),
@@ -108,6 +112,7 @@ def test_supported_devices_and_pages():
         {"device_capability": DeviceCapability(12, 0)},
         {"block_size": 16},
         {"block_size": 48},
+        {"use_batch_invariant": True},
     ):
         assert refusals.refusal_reasons(**PLAIN_LAYER | changes) == []
 
@@ -173,6 +178,12 @@ def test_fp8_values_need_a_device_with_fp8():
         refusals.check_options(FFAConfig(v_cache_dtype="fp8"), has_fp8=False)
     refusals.check_options(FFAConfig(v_cache_dtype="fp8"), has_fp8=True)
     refusals.check_options(FFAConfig(), has_fp8=False)
+
+
+def test_batch_invariance_without_drafts_only():
+    with pytest.raises(ValueError, match="speculative decoding with batch inv.*drop --specul"):
+        refusals.check_batch_invariance(has_drafts=True)
+    refusals.check_batch_invariance(has_drafts=False)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])

@@ -21,6 +21,11 @@ from vllm_ffa_fp8fp8.refusals import (
 )
 
 PREFERRED_PAGE_SIZE = 64
+MAX_QUERY_LEN = 8
+"""Query tokens of a request that decode takes."""
+MAX_QUERY_ROWS = {torch.bfloat16: 64, torch.float16: 32}
+"""Query rows of a KV head (its query heads, of all query tokens) for which the decode kernel
+compiles, by the model's dtype: a row enters the matrix unit as two or four FP8 parts."""
 
 
 def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLayout:
@@ -39,6 +44,25 @@ def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLa
 def pruning_block_size(page_size: int, config: FFAConfig) -> int:
     """Tokens that are kept or skipped together: the option, else the page as far as it goes."""
     return config.block_size or math.gcd(page_size, 128)
+
+
+def decode_query_len(vllm_config) -> int:
+    """The most query tokens of a request that decode: its newest token and the drafts after it.
+
+    More drafts than the decode kernel takes are verified as prefills are computed.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return 1
+    query_len = 1 + (speculative.num_speculative_tokens or 0)
+    target, parallel = vllm_config.model_config, vllm_config.parallel_config
+    group = max(
+        model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        for model in (target, speculative.draft_model_config or target)
+    )
+    rows = query_len * group
+    fits = query_len <= MAX_QUERY_LEN and rows <= MAX_QUERY_ROWS[target.dtype]
+    return query_len if fits else 1
 
 
 class FFAFP8FP8Backend(AttentionBackend):
@@ -79,6 +103,10 @@ class FFAFP8FP8Backend(AttentionBackend):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         return max(default_block_size, PREFERRED_PAGE_SIZE)
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

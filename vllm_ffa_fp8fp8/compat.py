@@ -26,12 +26,13 @@ def unsupported_vllm(version_tuple: tuple | None = None) -> str | None:
     )
 
 
-def load_flash_attention(head_size: int):
+def load_flash_attention(head_size: int, batch_invariant: bool = False):
     """FlashAttention for prefill on CUDA: the build that vLLM brings, else `flash-attn`.
 
     Returns `attend(query, key, value, cu_query_lens, cu_seq_lens, max_query_len, max_seq_len,
     scale, output)`, causal with the last query at the last key, on packed `[tokens, heads,
-    head_size]` tensors. Raises ImportError when there is neither.
+    head_size]` tensors. `batch_invariant`: a request's keys are never split among programs, which
+    only vLLM's build can promise. Raises ImportError when there is neither.
     """
     from vllm.v1.attention.backends import fa_utils
 
@@ -42,9 +43,15 @@ def load_flash_attention(head_size: int):
             fa_utils.flash_attn_varlen_func(
                 query, key, value, max_query, cu_query, max_seq, cu_seq,
                 softmax_scale=scale, causal=True, out=output, fa_version=version,
+                num_splits=int(batch_invariant),  # 0: as many as FlashAttention finds good
             )  # fmt: skip
 
         return attend
+    if batch_invariant:
+        raise ImportError(
+            "FFA_FP8FP8 needs vLLM's FlashAttention for batch invariance, and this vLLM brings "
+            "none for this GPU and head size; unset VLLM_BATCH_INVARIANT"
+        )
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:

@@ -132,8 +132,12 @@ class FFAConfig:
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "FFAConfig":
         """The options for `vllm_config`'s model: `additional_config["ffa_fp8fp8"]` over a preset.
-        Raises ValueError as `load` does."""
+        Beside a draft model, `dense_layers` are those of the model it drafts for. Raises
+        ValueError as `load` does."""
         model_config = vllm_config.model_config
+        speculative_config = getattr(vllm_config, "speculative_config", None)
+        if speculative_config is not None:  # `vllm_config` may be the draft model's
+            model_config = speculative_config.target_model_config or model_config
         num_layers = model_config.get_total_num_hidden_layers() if model_config else None
         additional_config = vllm_config.additional_config
         if not isinstance(additional_config, Mapping):

@@ -35,7 +35,7 @@ class CpuOps:
 
     def decode(
         self,
-        query: torch.Tensor,  # [num_decodes, num_heads, head_size]
+        query: torch.Tensor,  # [num_decodes * query_len, num_heads, head_size]
         planes: KVPlanes,
         metadata: FFAFP8FP8Metadata,
         delta: torch.Tensor | None,

@@ -3,7 +3,8 @@
 import torch
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_ffa_fp8fp8.backend import pruning_block_size
+from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8.backend import decode_query_len, pruning_block_size
 from vllm_ffa_fp8fp8.compat import load_flash_attention
 from vllm_ffa_fp8fp8.kernels.decode_attention import decode_attention
 from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, DecodeScratch
@@ -32,7 +33,8 @@ class CudaOps:
         self.dtype = vllm_config.model_config.dtype
         self.arrived: torch.Tensor | None = None  # counters of `project_rope_and_write`
         self.projection_tuning: ProjectionTuning | None = None
-        self.flash_attention = load_flash_attention(impl.head_size)
+        self.batch_invariant = envs.batch_invariant()
+        self.flash_attention = load_flash_attention(impl.head_size, self.batch_invariant)
 
     def decode_limits(self, block_size: int) -> DecodeLimits:
         impl = self.impl
@@ -44,6 +46,8 @@ class CudaOps:
             num_kv_heads=impl.num_kv_heads,
             head_size=impl.head_size,
             block_size=block_size,
+            query_len=decode_query_len(self.vllm_config),
+            batch_invariant=self.batch_invariant,
             prunes=impl.config.prunes,
             key_dtype=impl.layout.plane("key").dtype,
             value_dtype=impl.layout.plane("value").dtype,
@@ -67,6 +71,8 @@ class CudaOps:
 
     def largest_projected_batch(self, hidden_size: int) -> int:
         """The most tokens that `project_rope_and_write` is to take."""
+        if self.batch_invariant:
+            return 0  # larger batches are the linear layer's, which rounds otherwise
         if self.impl.config.fused_kproj == "on":
             return MAX_PROJECTED_TOKENS
         return largest_projected_batch(hidden_size)
@@ -93,7 +99,7 @@ class CudaOps:
 
     def decode(
         self,
-        query: torch.Tensor,  # [num_decodes, num_heads, head_size]
+        query: torch.Tensor,  # [num_decodes * query_len, num_heads, head_size]
         planes: KVPlanes,
         metadata: FFAFP8FP8Metadata,
         delta: torch.Tensor | None,
@@ -124,9 +130,12 @@ class CudaOps:
         output: torch.Tensor,
     ) -> None:
         """FlashAttention on the new keys, or, if any request has cached ones, on all of them
-        gathered from the cache, as many requests at a time as the workspace holds."""
+        gathered from the cache, as many requests at a time as the workspace holds.
+
+        Batch invariant prefills always read the cache, so that neither other requests nor where
+        a prompt was cut into steps decides which keys are the rounded ones."""
         starts, query_lens = prefill.query_start_loc_host, prefill.query_lens_host
-        if not prefill.has_context:
+        if not (prefill.has_context or self.batch_invariant):
             self.flash_attention(
                 query, key, value, prefill.query_start_loc, prefill.query_start_loc,
                 max(query_lens), max(query_lens), self.impl.scale, output,

@@ -11,6 +11,13 @@ def attention_backend() -> str | None:
     return os.environ.get(ATTENTION_BACKEND_VARIABLE)
 
 
+def batch_invariant() -> bool:
+    """VLLM_BATCH_INVARIANT, as vLLM reads it."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
 def config() -> str | None:
     """A preset's name or the path of a YAML file, None where unset or empty."""
     return os.environ.get(CONFIG_VARIABLE) or None

@@ -105,12 +105,13 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             self.ops.reserve_scratch()
             return output.fill_(0)
         planes = self.planes(kv_cache)
-        num_decodes, num_tokens = attn_metadata.num_decodes, attn_metadata.num_actual_tokens
-        if num_decodes:
+        num_decode_tokens = attn_metadata.num_decodes * attn_metadata.query_len
+        if num_decode_tokens:
             delta = None if self.is_dense else attn_metadata.delta
-            self.ops.decode(query[:num_decodes], planes, attn_metadata, delta, output[:num_decodes])
+            new = slice(num_decode_tokens)
+            self.ops.decode(query[new], planes, attn_metadata, delta, output[new])
         if attn_metadata.prefill is not None:
-            new = slice(num_decodes, num_tokens)
+            new = slice(num_decode_tokens, attn_metadata.num_actual_tokens)
             self.ops.prefill(
                 query[new], key[new], value[new], planes, attn_metadata.prefill, output[new]
             )

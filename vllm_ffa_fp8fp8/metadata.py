@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -13,7 +12,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_ffa_fp8fp8.backend import pruning_block_size
+from vllm_ffa_fp8fp8.backend import decode_query_len, pruning_block_size
 from vllm_ffa_fp8fp8.kernels.decode_plan import DecodePlan
 from vllm_ffa_fp8fp8.refusals import check_kv_cache_spec
 
@@ -23,14 +22,14 @@ class PrefillBatch:
     """The prefills of a step, which follow its decodes.
 
     `query_start_loc` is relative to the first prefill token; `cu_seq_lens` are the exclusive
-    sums of `seq_lens`. The lists are the same numbers on the host.
+    sums of `seq_lens`. The lists are those numbers on the host.
     """
 
     query_start_loc: torch.Tensor  # int32 [num_prefills + 1]
     cu_seq_lens: torch.Tensor  # int32 [num_prefills + 1]
     block_table: torch.Tensor  # int32 [num_prefills, max_pages]
     query_start_loc_host: list[int]
-    seq_lens_host: list[int]
+    seq_lens_host: list[int]  # on a GPU upper bounds, where drafts are verified
 
     @cached_property
     def query_lens_host(self) -> list[int]:
@@ -48,8 +47,9 @@ class FFAFP8FP8Metadata(AttentionMetadata):
     """One step's batch, the same for all layers of a KV cache group."""
 
     num_decodes: int
+    query_len: int  # tokens of each decode, the same for all
     num_actual_tokens: int
-    seq_lens: torch.Tensor  # int32 [num_decodes], 0 in padding rows
+    seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
     block_table: torch.Tensor  # int32 [num_decodes, max_pages]
     block_size: int
     delta: torch.Tensor | None  # float32 [1], log2 units; None: nothing is pruned
@@ -60,15 +60,17 @@ class FFAFP8FP8Metadata(AttentionMetadata):
 class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
     """Builds the metadata without waiting for the device."""
 
-    # one query token a request: several need a causal mask among themselves
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Drafts can be verified in a graph where the decode kernel takes all of them."""
+        if decode_query_len(vllm_config) > 1:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_kv_cache_spec(kv_cache_spec)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(decode_query_len(vllm_config))
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self.block_size = pruning_block_size(kv_cache_spec.block_size, impl.config)
         self.delta = None
@@ -83,13 +85,18 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         fast_build: bool = False,
     ) -> FFAFP8FP8Metadata:
         common = common_attn_metadata
-        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold, require_uniform=True
+        )
+        # the first request is no padding; those of other lengths than its are prefills
+        query_len = int(common.query_start_loc_cpu[1]) if num_decodes else 0
         seq_lens = common.seq_lens[:num_decodes]
         plan = None
         if self.plan is not None and num_decodes:
             plan = self.plan.update(seq_lens)
         return FFAFP8FP8Metadata(
             num_decodes=num_decodes,
+            query_len=query_len,
             num_actual_tokens=common.num_actual_tokens,
             seq_lens=seq_lens,
             block_table=common.block_table_tensor[:num_decodes],
@@ -104,8 +111,8 @@ def _prefill_batch(common: CommonAttentionMetadata, num_decodes: int) -> Prefill
     seq_lens = common.seq_lens[num_decodes : common.num_reqs]
     cu_seq_lens = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
     torch.cumsum(seq_lens, dim=0, out=cu_seq_lens[1:])
-    seq_lens_host = common.seq_lens_cpu_upper_bound  # exact for prefills
-    if seq_lens_host is None:
+    seq_lens_host = common.seq_lens_cpu_upper_bound
+    if seq_lens_host is None or common.seq_lens.is_cpu:
         seq_lens_host = common.seq_lens.cpu()
     starts = common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist()
     return PrefillBatch(

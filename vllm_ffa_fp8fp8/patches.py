@@ -197,13 +197,15 @@ def _check_and_freeze_options(vllm_config) -> None:
 
     from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
     from vllm_ffa_fp8fp8.environment import fp8_available
-    from vllm_ffa_fp8fp8.refusals import check_options, check_platform
+    from vllm_ffa_fp8fp8.refusals import check_batch_invariance, check_options, check_platform
 
     check_platform(current_platform)
     options = FFAConfig.from_vllm_config(vllm_config)
     check_options(options, fp8_available())
     if options.fused_kproj != "off":
         _split_graphs_at_fused_attention(vllm_config.compilation_config)
+    if envs.batch_invariant():
+        check_batch_invariance(has_drafts=vllm_config.speculative_config is not None)
     # Workers read these, not their own environment or files, which may differ on another node.
     given = vllm_config.additional_config
     if isinstance(given, dict):

@@ -30,10 +30,6 @@ UNSUPPORTED_FLAGS = {
     "has_sliding_window": ("sliding window attention", OTHER_BACKEND),
     "use_rswa": ("R-SWA", OTHER_BACKEND),
     "use_non_causal": ("non-causal attention", OTHER_BACKEND),
-    "use_batch_invariant": (
-        "batch invariance",
-        "it is not implemented yet; unset VLLM_BATCH_INVARIANT, or " + OTHER_BACKEND,
-    ),
     "use_kv_connector": (
         "a KV connector",
         "its cache format is untested there; drop --kv-transfer-config, or " + OTHER_BACKEND,
@@ -61,6 +57,7 @@ def refusal_reasons(
     block_size: int | None,
     device_capability: tuple[int, int] | None = None,
     attn_type: str = "decoder",
+    use_batch_invariant: bool = False,
     **flags: bool,
 ) -> list[str]:
     """Why this configuration of a layer cannot run, empty where it can.
@@ -93,6 +90,8 @@ def refusal_reasons(
         )
     if attn_type != "decoder":
         reasons.append(_text(_attention_type(attn_type), OTHER_BACKEND))
+    if use_batch_invariant and device_capability is None:
+        reasons.append(_text("batch invariance on the CPU", "unset VLLM_BATCH_INVARIANT"))
     for flag, is_set in flags.items():
         if is_set:
             what, advice = UNSUPPORTED_FLAGS.get(flag, (flag, OTHER_BACKEND))
@@ -115,6 +114,16 @@ def check_options(options: Any, has_fp8: bool) -> None:
         _refuse(
             "v_cache_dtype fp8 on a GPU without FP8 (compute capability before 8.9)",
             "leave v_cache_dtype at auto, or use an Ada, Hopper or newer GPU",
+        )
+
+
+def check_batch_invariance(has_drafts: bool) -> None:
+    """ValueError for what VLLM_BATCH_INVARIANT=1 cannot be together with: drafts of the tokens
+    to come, because those that are verified together decide together what is skipped."""
+    if has_drafts:
+        _refuse(
+            "speculative decoding with batch invariance",
+            "unset VLLM_BATCH_INVARIANT, or drop --speculative-config",
         )
 
 

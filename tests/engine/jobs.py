@@ -13,13 +13,24 @@ RECALL_LENGTHS = (2048, 6000)
 RECALL_LENGTHS_GPU = (2048, 8192, 16_384)
 GPU = FINE_LOGITS | {
     "max_model_len": 20_000,
-    "gpu_memory_utilization": 0.5,
+    "gpu_memory_utilization": 0.15,
+    "kv_cache_memory_bytes": 6 << 30,  # engines side by side would disturb one another's profiling
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 32,
 }
 CPU = {"enforce_eager": True, "max_model_len": 8192}
 # The mixed batch is longer than a step: prefills are cut, and run beside decodes.
 SMALL_STEPS = CPU | FINE_LOGITS | {"max_num_batched_tokens": 512, "max_num_seqs": 6}
+
+NUM_DRAFTS = 4
+DRAFTS = {
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": NUM_DRAFTS,
+        "prompt_lookup_max": 4,
+    },
+    "disable_log_stats": False,  # they count the drafts that were accepted
+}
 
 
 def mixed_batches() -> list[list[list[int]]]:

@@ -27,6 +27,7 @@ START_SECONDS, STOP_SECONDS = 240, 60
 class Run:
     batches: list[list[dict[str, Any]]]
     skips: list[dict[str, int]]
+    decode_query_lens: list[int]
     facts: dict[str, Any]
     log: str
 

@@ -2,7 +2,8 @@
 
 Job: `llm` (arguments of `LLM`), `batches` (lists of prompts, each a text or token ids, submitted
 together) and `sampling` (arguments of `SamplingParams`). Result: `batches` (lists of answers),
-`skips` (one count a batch, empty for other backends) and `facts` about the worker.
+`skips` (one count a batch, empty for other backends), `decode_query_lens` (of the steps of
+FFA_FP8FP8 that decode) and `facts` about the worker.
 """
 
 import json
@@ -15,6 +16,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["llm"])
+    query_lens = record_decode_query_lens()
     sampling = SamplingParams(temperature=0, logprobs=2, **job["sampling"])
     counts_skips = "worker_extension_cls" in job["llm"]
     batches, skips = [], []
@@ -23,7 +25,30 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         batches.append(list(map(as_answer, outputs)))
         if counts_skips:
             skips.append(llm.collective_rpc("ffa_skip_stats")[0])
-    return {"batches": batches, "skips": skips, "facts": llm.collective_rpc(worker_facts)[0]}
+    facts = llm.collective_rpc(worker_facts)[0]
+    if "speculative_config" in job["llm"]:
+        accepted = "vllm:spec_decode_num_accepted_tokens"
+        facts["accepted_tokens"] = sum(m.value for m in llm.get_metrics() if m.name == accepted)
+    return {"batches": batches, "skips": skips, "decode_query_lens": query_lens, "facts": facts}
+
+
+def record_decode_query_lens() -> list[int]:
+    """A list that grows by the query length of every step with decodes; empty for other backends,
+    and where the worker is another process."""
+    metadata = sys.modules.get("vllm_ffa_fp8fp8.metadata")
+    query_lens: list[int] = []
+    if metadata is None:
+        return query_lens
+    build = metadata.FFAFP8FP8MetadataBuilder.build
+
+    def recording_build(self, *args, **kwargs):
+        result = build(self, *args, **kwargs)
+        if result.num_decodes:
+            query_lens.append(result.query_len)
+        return result
+
+    metadata.FFAFP8FP8MetadataBuilder.build = recording_build
+    return query_lens
 
 
 def as_prompt(prompt: str | list[int]) -> Any:

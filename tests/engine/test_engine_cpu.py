@@ -2,7 +2,17 @@
 
 import pytest
 from agreement import check_codes, check_same_answer, check_same_tokens
-from jobs import ANSWER, CONTINUE, CPU, RECALL_LENGTHS, recall_batches
+from jobs import (
+    ANSWER,
+    CONTINUE,
+    CPU,
+    DRAFTS,
+    NUM_DRAFTS,
+    RECALL_LENGTHS,
+    SMALL_STEPS,
+    mixed_batches,
+    recall_batches,
+)
 from processes import run_ours
 from prompts import questions, source_prompt
 from vllm.platforms import current_platform
@@ -37,6 +47,16 @@ def test_cached_prefix_gives_the_same_answer(exact_run):
     assert short_again["num_cached_tokens"] == 384  # whole pages of 128 tokens
     check_same_answer(long_again, long)
     check_same_answer(short_again, short)
+
+
+def test_drafts_change_no_token(exact_run):
+    """Verified by decode, several query tokens a request, beside requests without drafts."""
+    run = run_ours(mixed_batches(), CONTINUE, {"preset": "exact"}, **SMALL_STEPS, **DRAFTS)
+    assert run.facts["backends"] == ["FFA_FP8FP8"]
+    assert run.facts["accepted_tokens"] > 0
+    assert set(exact_run.decode_query_lens) == {1}
+    assert run.decode_query_lens.count(1 + NUM_DRAFTS) > 5
+    check_same_tokens(run, exact_run)
 
 
 def test_not_chosen_changes_nothing(default_run, run_without_plugin):

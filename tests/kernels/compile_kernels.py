@@ -1,11 +1,11 @@
 """Compiles the kernels for a GPU that need not be there: `python compile_kernels.py 90`.
 
 The launchers run on the CPU with recorders in the kernels' places; what they would have launched
-is compiled. Prints a line a kernel: its name and the bytes of shared memory it takes.
+is compiled. Prints a line a kernel: its name and the bytes of shared memory it takes, which have
+to fit.
 """
 
 import importlib
-import re
 import sys
 
 import torch
@@ -65,8 +65,8 @@ def compile_launch(kernel, args, kwargs, capability: int):
     return compile(source, GPUTarget("cuda", capability, 32), options)
 
 
-def record(case: Case, capability: int) -> list:
-    """What batches launch, pruned and not, of few requests and of more."""
+def record(case: Case, capability: int, every_way: bool) -> list:
+    """What one batch launches: pruned, and with `every_way` as decode is called otherwise."""
     launches: list = []
     modules = {name: importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}") for name in KERNELS}
     originals = {}
@@ -76,10 +76,11 @@ def record(case: Case, capability: int) -> list:
             setattr(modules[name], kernel, Recorder(originals[name, kernel], launches))
     batch = make_batch(case)
     planes = case.layout.split(batch.storage[1])
-    for num_reqs, delta, precomputed in (
-        (4, torch.ones(1), True), (4, torch.ones(1), False), (4, None, False),
-        (1, torch.ones(1), False), (1, None, False),
-    ):  # fmt: skip
+    ways = [
+        (2, torch.ones(1), False), (1, torch.ones(1), False), (2, torch.ones(1), True),
+        (2, None, False), (1, None, False),
+    ]  # fmt: skip
+    for num_reqs, delta, precomputed in ways if every_way else ways[:1]:
         limits = DecodeLimits(
             len(case.lengths), 4096, case.num_kv_heads * case.group, case.num_kv_heads,
             case.head_size, case.block_size, 132, case.query_len, prunes=delta is not None,
@@ -128,25 +129,28 @@ def record_projections(case: Case, planes, modules, shared_memory: int) -> None:
         )  # fmt: skip
 
 
-def main(capability: int) -> None:
+def cases(capability: int) -> list[Case]:
+    """Variants that differ in code: dtypes, pages of whole blocks and not, groups, query tokens;
+    the most query rows that the backend asks for."""
     fp8 = capability >= 89
-    pages = {"fp8_key": fp8, "residual": fp8}
-    cases = [
-        Case(head_size=128, **pages),
-        Case(head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32, **pages),
-        Case(head_size=256, num_kv_heads=1, page_size=128, block_size=128, **pages),
+    keys = {"lengths": (30, 8), "residual": fp8, "fp8_key": fp8}
+    return [
+        Case(head_size=128, **keys),
+        Case(head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32, **keys),
+        Case(head_size=256, num_kv_heads=1, page_size=128, block_size=128, **keys),
+        Case(head_size=64, dtype=torch.float16, block_size=16, query_len=8, **keys),
+        Case(head_size=80, group=8, fp8_value=fp8, query_len=8, **keys),
+        Case(head_size=128, group=16, num_kv_heads=1, query_len=8, **keys),
     ]
-    if fp8:
-        cases.append(Case(head_size=80, fp8_value=True))
-        cases.append(Case(head_size=128, dtype=torch.float16, fp8_value=True))
-        cases.append(Case((130, 8, 300, 63), head_size=128, query_len=8))
-        cases.append(Case((130, 8, 300, 63), head_size=128, group=16, query_len=8))
-    for case in cases:
-        for kernel, args, kwargs in record(case, capability):
+
+
+def main(capability: int) -> None:
+    for number, case in enumerate(cases(capability)):
+        for kernel, args, kwargs in record(case, capability, every_way=number == 0):
             compiled = compile_launch(kernel, args, kwargs, capability)
             shared = compiled.metadata.shared
+            print(kernel.__name__, shared, case, flush=True)
             assert shared <= SHARED_MEMORY[capability], (kernel.__name__, case, shared)
-            print(kernel.__name__, shared, flush=True)
 
 
 if __name__ == "__main__":
