@@ -93,6 +93,13 @@ def decode_tuning(
     classes = TUNINGS.get(capability, ((None, DEFAULT),))
     tuning = next(t for most, t in classes if most is None or num_reqs <= most)
     padded = 1 << (head_size - 1).bit_length()
+    smaller = max(1, 128 // padded)  # the table is for head size 128: keep as many bytes in flight
+    tuning = replace(
+        tuning,
+        scan_tokens=tuning.scan_tokens * smaller,
+        attend_stages=tuning.attend_stages * smaller,
+        dense_stages=tuning.dense_stages * smaller,
+    )
     scan_tile = max(tuning.scan_tokens, block_size) * padded * key_bytes
     residual_bytes = 1 if key_bytes == 1 else 0
     attend_tile = block_size * padded * (residual_bytes + value_bytes)
