@@ -1,4 +1,4 @@
-# make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode | bench-serving. PYTHON=... picks the interpreter, PORT=... the port.
+# make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode | bench-serving | bench-kproj. PYTHON=... picks the interpreter, PORT=... the port.
 VENV ?= .venv
 PORT ?= 8000
 MODEL = tests/assets/recall-9m
@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up leaves compiling to the first import, which is slow at every import where this variable forbids to keep it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test serve doctor lint gpu-test bench-decode bench-serving clean
+.PHONY: setup demo test serve doctor lint gpu-test bench-decode bench-serving bench-kproj clean
 
 setup: $(READY)
 
@@ -42,6 +42,9 @@ bench-decode: $(READY)
 
 bench-serving: $(READY)
 	@$(BIN)/ffa-fp8fp8 bench-serving $(ARGS)
+
+bench-kproj: $(READY)
+	@$(BIN)/python -m vllm_ffa_fp8fp8.bench_kproj $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

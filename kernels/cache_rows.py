@@ -68,8 +68,13 @@ def store_value_rows(
         tl.store(target, value.to(value_plane_ptr.dtype.element_ty), mask=mask)
 
 
-def plane_arguments(planes: KVPlanes) -> tuple[torch.Tensor | int | None, ...]:
-    """What a kernel takes of `planes`: five pointers, then their strides of page and head."""
+def plane_arguments(planes: KVPlanes | None) -> tuple[torch.Tensor | int | None, ...]:
+    """What a kernel takes of `planes`: five pointers, then their strides of page and head.
+
+    None is for a launch that writes no cache.
+    """
+    if planes is None:
+        return (None,) * 5 + (0,) * 10
     tensors = (
         planes.key, planes.key_residual, planes.key_exponent, planes.value, planes.value_exponent
     )
@@ -77,12 +82,12 @@ def plane_arguments(planes: KVPlanes) -> tuple[torch.Tensor | int | None, ...]:
     return *tensors, *(stride for pair in strides for stride in pair)
 
 
-def plane_constants(planes: KVPlanes) -> dict[str, int | float | bool]:
+def plane_constants(planes: KVPlanes | None) -> dict[str, int | float | bool]:
     """The constexpr arguments that go with `plane_arguments`."""
     return {
-        "PAGE_SIZE": planes.page_size,
-        "FP8_KEY": planes.key_exponent is not None,
-        "HAS_RESIDUAL": planes.key_residual is not None,
-        "FP8_VALUE": planes.value_exponent is not None,
-        "RESIDUAL_SCALE": planes.residual_scale,
+        "PAGE_SIZE": planes.page_size if planes else 16,
+        "FP8_KEY": planes is not None and planes.key_exponent is not None,
+        "HAS_RESIDUAL": planes is not None and planes.key_residual is not None,
+        "FP8_VALUE": planes is not None and planes.value_exponent is not None,
+        "RESIDUAL_SCALE": planes.residual_scale if planes else 1.0,
     }

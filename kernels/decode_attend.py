@@ -4,14 +4,20 @@ import triton
 import triton.language as tl
 
 from .decode_query import dot_query
-from .paged_rows import load_rows, load_tile_scales, tile_order, tile_pointers
+from .paged_rows import (
+    load_columns,
+    load_rows,
+    load_tile_exponents,
+    tile_pointers,
+    tile_scales,
+)
 
 
 @triton.jit
 def lowest_bit(bits):
-    """The place of the lowest 1 of a positive int64, int32; 0 if there is none."""
+    """The place of the lowest 1 of an int32; 0 if there is none."""
     power = (bits & -bits).to(tl.float32)
-    return tl.maximum((power.to(tl.int32, bitcast=True) >> 23) - 127, 0)
+    return tl.maximum((power.to(tl.int32, bitcast=True) >> 23 & 255) - 127, 0)
 
 
 @triton.jit
@@ -39,7 +45,7 @@ def online_softmax_update(accumulator, row_max, weight_sums, scores, value, valu
     """Adds a tile to a running softmax; scores are log2 units, -inf where masked.
 
     `accumulator` `[HEAD_SIZE_PADDED, ROWS_PADDED]` after `widen`, `row_max` `[ROWS_PADDED]`,
-    `weight_sums` and `scores` `[TOKENS, ROWS_PADDED]`, `value` `[TOKENS, HEAD_SIZE_PADDED]` to be
+    `weight_sums` and `scores` `[TOKENS, ROWS_PADDED]`, `value` `[HEAD_SIZE_PADDED, TOKENS]` to be
     multiplied by `value_scales` `[TOKENS]`. Sums of weights stay apart by token until the end,
     because a sum over tokens crosses warps.
     """
@@ -50,7 +56,7 @@ def online_softmax_update(accumulator, row_max, weight_sums, scores, value, valu
     ROWS_PADDED: tl.constexpr = scores.shape[1]
     weighted = widen(weights * value_scales[:, None], scores.shape[0], ROWS_PADDED)
     accumulator *= widen(rescale[None, :], 1, ROWS_PADDED)
-    accumulator = tl.dot(tl.trans(value), weighted.to(value.dtype), accumulator)
+    accumulator = tl.dot(value, weighted.to(value.dtype), accumulator)
     return accumulator, new_max, weight_sums * rescale[None, :] + weights
 
 
@@ -59,7 +65,7 @@ def load_scores(
     scores_ptr, index, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """The scan's scores of a block of the chunk, float32 `[BLOCK_SIZE, ROWS_PADDED]`."""
-    tokens = index * BLOCK_SIZE + tile_order(BLOCK_SIZE)
+    tokens = index * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     rows = tl.arange(0, ROWS_PADDED)
     return tl.load(
         scores_ptr + tokens[:, None] * ROWS + rows[None, :],
@@ -69,24 +75,24 @@ def load_scores(
 
 
 @triton.jit
-def load_block_scales(
+def load_block_exponents(
     exponent_ptr, value_exponent_ptr, block_table_row_ptr, places, index, chunk_begin, seq_len,
     exponent_stride_page, value_exponent_stride_page,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
     HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
 ):
-    """The powers of two that a block's keys and values are stored without, each `[BLOCK_SIZE]`."""
+    """Exponents of a block's keys and values, for `tile_scales`."""
     position = (chunk_begin + index) * BLOCK_SIZE
-    key_scales = load_tile_scales(
+    key_exponents = load_tile_exponents(
         exponent_ptr, block_table_row_ptr, places, index, position, seq_len, exponent_stride_page,
         PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, BLOCK_SIZE, HAS_EXPONENT,
     )
-    value_scales = load_tile_scales(
+    value_exponents = load_tile_exponents(
         value_exponent_ptr, block_table_row_ptr, places, index, position, seq_len,
         value_exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, BLOCK_SIZE,
         HAS_VALUE_EXPONENT,
     )
-    return key_scales, value_scales
+    return key_exponents, value_exponents
 
 
 @triton.jit
@@ -111,7 +117,7 @@ def attend_blocks(
     otherwise the blocks are the first `num_kept` ones. See `scan_blocks` for the arguments and
     `online_softmax_update` for the state, which is returned.
     """
-    tokens = tile_order(BLOCK_SIZE)
+    tokens = tl.arange(0, BLOCK_SIZE)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     # The next block's exponents and scores are carried to its iteration, because their loads are
     # too narrow to be pipelined.
@@ -120,7 +126,7 @@ def attend_blocks(
     if FROM_SCORES:
         index = lowest_bit(remaining)
         base_scores = load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
-    key_scales, value_scales = load_block_scales(
+    key_exponents, value_exponents = load_block_exponents(
         exponent_ptr, value_exponent_ptr, block_table_row_ptr, places, index, chunk_begin, seq_len,
         exponent_stride_page, value_exponent_stride_page,
         PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
@@ -138,15 +144,15 @@ def attend_blocks(
             next_index = rank + 1
         position = (chunk_begin + index) * BLOCK_SIZE
         positions = position + tokens
-        value = load_rows(
+        value = load_columns(
             tile_pointers(
                 value_ptr, block_table_row_ptr, places, index, position, seq_len,
                 value_stride_page, VALUE_STRIDE, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
                 BLOCK_SIZE,
             ),
-            columns, positions < seq_len, HEAD_SIZE, HEAD_SIZE_PADDED,
+            columns, positions < seq_len, HEAD_SIZE,
         ).to(VALUE_DTYPE)
-        next_key_scales, next_value_scales = load_block_scales(
+        next_key_exponents, next_value_exponents = load_block_exponents(
             exponent_ptr, value_exponent_ptr, block_table_row_ptr, places, next_index, chunk_begin,
             seq_len, exponent_stride_page, value_exponent_stride_page,
             PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
@@ -172,6 +178,7 @@ def attend_blocks(
                 columns, None, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
             scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
+        key_scales = tile_scales(key_exponents, BLOCK_SIZE, HAS_EXPONENT)
         if (not FROM_SCORES) or HAS_RESIDUAL:
             scores = scores * factor[None, :] * key_scales[:, None]
         if FROM_SCORES:
@@ -179,8 +186,9 @@ def attend_blocks(
             base_scores = next_base_scores
         scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
         accumulator, row_max, weight_sums = online_softmax_update(
-            accumulator, row_max, weight_sums, scores, value, value_scales
+            accumulator, row_max, weight_sums, scores, value,
+            tile_scales(value_exponents, BLOCK_SIZE, HAS_VALUE_EXPONENT),
         )
-        key_scales = next_key_scales
-        value_scales = next_value_scales
+        key_exponents = next_key_exponents
+        value_exponents = next_value_exponents
     return accumulator, row_max, weight_sums

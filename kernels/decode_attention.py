@@ -61,10 +61,11 @@ def decode_attention(
     num_heads, head_size = query.shape[1:]
     num_reqs = seq_lens.shape[0]
     query_len = query.shape[0] // num_reqs
-    limits, tuning = plan.limits, plan.limits.tuning
+    limits, tuning = plan.limits, plan.limits.tuning_of(num_reqs)
     assert query.shape[0] == num_reqs * query_len and query_len <= limits.query_len
     num_kv_heads = planes.num_kv_heads
     group = num_heads // num_kv_heads
+    rows = triton.next_power_of_2(group * query_len)
     residual, exponent = planes.key_residual, planes.key_exponent
     value_exponent = planes.value_exponent
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
@@ -80,7 +81,7 @@ def decode_attention(
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "QUERY_LEN": query_len,
-        "ROWS_PADDED": max(8, triton.next_power_of_2(group * query_len)),
+        "ROWS_PADDED": max(8, rows),
         "HEAD_SIZE": head_size,
         "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
         "PAGE_SIZE": planes.page_size,
@@ -89,7 +90,6 @@ def decode_attention(
         "HAS_EXPONENT": exponent is not None,
         "DTYPE": compute_dtype(planes.key.dtype),
     }
-    merge_rows = triton.next_power_of_2(group * query_len)
     threshold = scratch.threshold
     delta_stride = int(delta is not None and delta.shape[0] > 1)
     if isinstance(precomputed_threshold, torch.Tensor):
@@ -123,10 +123,10 @@ def decode_attention(
         VALUE_DTYPE=compute_dtype(torch.bfloat16 if fp8_value else planes.value.dtype),
         SCAN_STAGES=tuning.scan_stages if pipelined else 1,
         ATTEND_STAGES=attend_stages if pipelined else 1,
-        MERGE_ROWS=merge_rows,
-        MERGE_ITEMS=max(1, tuning.merge_rows // merge_rows),
+        MERGE_ROWS=rows,
+        MERGE_ITEMS=max(1, tuning.merge_rows // rows),
         MERGE_STAGES=tuning.merge_stages,
-        num_warps=tuning.num_warps,
-        maxnreg=tuning.max_registers,
+        num_warps=tuning.num_warps * (2 if rows > 32 else 1),
+        maxnreg=tuning.max_registers if rows <= 16 else 255,
         **common,
     )

@@ -71,6 +71,7 @@ def attn_forward_decode_fp8fp8(
         head_size=head_size,
         block_size=block_size,
         key_dtype=k_fp8.dtype,
+        value_dtype=v.dtype,
     )
     seq_lens = torch.full((batch,), seq_len, dtype=torch.int32, device=device)
     output = torch.empty(batch, num_heads, head_size, dtype=q.dtype, device=device)

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from .decode_attend import attend_blocks, narrow
 from .decode_merge import merge_items
-from .decode_query import load_query, query_rows
-from .decode_scan import anchor_threshold, scan_blocks
+from .decode_query import load_query, query_rows, split_query
+from .decode_scan import anchor_threshold, load_anchors, scan_blocks
 from .paged_rows import load_places
 
 
@@ -103,10 +103,10 @@ def decode_kernel(
     places = load_places(
         block_table_row_ptr, block_begin, block_end, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS
     )
-    query, factor = load_query(
+    query = load_query(
         query_ptr + token * query_stride_token + first_head * query_stride_head,
-        query_stride_token, query_stride_head, columns, scale_log2,
-        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS, DTYPE,
+        query_stride_token, query_stride_head, columns,
+        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS,
     )
     limits = seq_len - QUERY_LEN + 1 + row_tokens
     key_ptr += kv_head.to(tl.int64) * key_stride_head
@@ -117,29 +117,32 @@ def decode_kernel(
         exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
     if HAS_VALUE_EXPONENT:
         value_exponent_ptr += kv_head.to(tl.int64) * value_exponent_stride_head
+    FIND_THRESHOLD: tl.constexpr = PRUNE and not HAS_THRESHOLD
+    if FIND_THRESHOLD:  # loads first, so that they wait for memory together
+        anchors, anchor_scales = load_anchors(
+            seq_len, key_ptr, exponent_ptr, block_table_row_ptr,
+            key_stride_page, exponent_stride_page,
+            KEY_STRIDE, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, HAS_EXPONENT,
+        )
+    query, factor = split_query(query, scale_log2, ROWS_PADDED, PARTS, DTYPE)
     place = (item * NUM_KV_HEADS + kv_head).to(tl.int64)
-    threshold = tl.full([ROWS_PADDED], float("inf"), tl.float32)
-    delta = 0.0
     newest_block = (seq_len - QUERY_LEN) // BLOCK_SIZE
     if PRUNE:
         scores_ptr += place * (CHUNK_BLOCKS * BLOCK_SIZE * ROWS)
         delta = tl.load(delta_ptr + request * delta_stride)
         delta = tl.where(seq_len < min_context, float("inf"), delta)
-        if HAS_THRESHOLD:
+        if FIND_THRESHOLD:
+            threshold = anchor_threshold(
+                query, factor, limits, delta, seq_len, anchors, anchor_scales,
+                ROWS_PADDED, ANCHOR_TOKENS, PARTS, DTYPE,
+            )
+        else:
             threshold = tl.load(
                 threshold_ptr + (token + row_tokens) * (NUM_KV_HEADS * GROUP)
                 + first_head + row_heads,
                 mask=row_exists, other=0.0,
             )
             threshold = tl.where(delta == float("inf"), float("-inf"), threshold)
-        else:
-            threshold = anchor_threshold(
-                query, factor, limits, delta, seq_len,
-                key_ptr, exponent_ptr, block_table_row_ptr,
-                key_stride_page, exponent_stride_page,
-                KEY_STRIDE, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, PARTS,
-                HAS_EXPONENT, DTYPE,
-            )
         # rows that pad the group never keep a block
         threshold = tl.where(row_exists, threshold, float("inf"))
 
@@ -153,7 +156,7 @@ def decode_kernel(
             block_table_row_ptr, chunk_begin + CHUNK_BLOCKS, block_end, PAGE_SIZE, BLOCK_SIZE,
             CHUNK_BLOCKS,
         )
-        kept = tl.zeros([], tl.int64)
+        kept = tl.zeros([], tl.int32)
         num_kept = chunk_end - chunk_begin
         if PRUNE:
             kept = scan_blocks(
@@ -164,7 +167,7 @@ def decode_kernel(
                 KEY_STRIDE, QUERY_LEN, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
                 BLOCK_SIZE, CHUNK_BLOCKS, TILE_BLOCKS, PARTS, HAS_EXPONENT, DTYPE, SCAN_STAGES,
             )
-            num_kept = tl.sum(((kept >> tl.arange(0, CHUNK_BLOCKS)) & 1).to(tl.int32), axis=0)
+            num_kept = tl.sum(kept >> tl.arange(0, CHUNK_BLOCKS) & 1, axis=0)
             tl.debug_barrier()  # scores are written by some threads, read by others
         accumulator, row_max, weight_sums = attend_blocks(
             accumulator, row_max, weight_sums,

@@ -1,13 +1,14 @@
 """Cuts a decode batch into work items of equal size, on the device, once a step for all layers."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .tuning import DEFAULT, HOPPER_SHARED_MEMORY, DecodeTuning, decode_tuning
-
+from .tuning import HOPPER_SHARED_MEMORY, DecodeTuning, decode_tuning
 
 INVARIANT_BLOCKS = 64
 """Blocks of a work item where a request is cut alike in every batch."""
@@ -27,7 +28,11 @@ class DecodeLimits:
         query_len: the most query tokens of a request.
         batch_invariant: cut every request as its length alone says, so that its output is the
             same, bit for bit, in every batch.
-        tuning: launch parameters; `decode_tuning` says which.
+        prunes: whether blocks are skipped.
+        key_bytes, value_bytes: of an element of K's base and of V.
+        capability, shared_memory: compute capability of the device, and the bytes of shared memory
+            that a program can have there.
+        tuning: launch parameters; None: those that `decode_tuning` has for each batch.
     """
 
     num_reqs: int
@@ -39,43 +44,64 @@ class DecodeLimits:
     num_processors: int = 8
     query_len: int = 1
     batch_invariant: bool = False
-    tuning: DecodeTuning = DEFAULT
+    prunes: bool = True
+    key_bytes: int = 1
+    value_bytes: int = 2
+    capability: tuple[int, int] = (9, 0)
+    shared_memory: int = HOPPER_SHARED_MEMORY
+    tuning: DecodeTuning | None = None
 
     @classmethod
     def on_device(
         cls,
         device: torch.device,
         *,
-        head_size: int,
-        block_size: int,
         key_dtype: torch.dtype = torch.float8_e4m3fn,
+        value_dtype: torch.dtype = torch.bfloat16,
         **batch: int | bool,
     ) -> "DecodeLimits":
         """Limits with what the device has; `batch`: the other arguments of the class."""
-        num_processors, shared_memory = cls.num_processors, HOPPER_SHARED_MEMORY
+        found: dict[str, Any] = {}
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
-            num_processors = properties.multi_processor_count
-            shared_memory = properties.shared_memory_per_block_optin
-        return cls(
-            head_size=head_size,
-            block_size=block_size,
-            num_processors=num_processors,
-            tuning=decode_tuning(head_size, block_size, key_dtype.itemsize, shared_memory),
-            **batch,
+            found = {
+                "num_processors": properties.multi_processor_count,
+                "capability": (properties.major, properties.minor),
+                "shared_memory": properties.shared_memory_per_block_optin,
+            }
+        sizes = {"key_bytes": key_dtype.itemsize, "value_bytes": value_dtype.itemsize}
+        return cls(**found, **sizes, **batch)
+
+    def tuning_of(self, num_reqs: int) -> DecodeTuning:
+        """Launch parameters of a batch of `num_reqs` requests."""
+        return self.tuning or decode_tuning(
+            self.num_reqs if self.batch_invariant else num_reqs,
+            self.head_size,
+            self.block_size,
+            self.key_bytes,
+            self.value_bytes,
+            self.capability,
+            self.shared_memory,
         )
 
-    @property
-    def slots(self) -> int:
+    def slots(self, num_reqs: int) -> int:
         """Items that run at the same time, each with a program a KV head."""
-        programs = self.tuning.programs_per_processor * self.num_processors
-        return max(1, programs // self.num_kv_heads)
+        tuning = self.tuning_of(num_reqs)
+        programs = tuning.dense_programs_per_processor
+        if self.prunes:
+            programs = tuning.programs_per_processor
+        return max(1, programs * self.num_processors // self.num_kv_heads)
 
     def num_items(self, num_reqs: int) -> int:
         """The most items of a batch of `num_reqs` requests."""
         if self.batch_invariant:
             return num_reqs * self.max_request_items
-        return num_reqs + self.slots * self.tuning.waves
+        return num_reqs + self.slots(num_reqs) * self.tuning_of(num_reqs).waves
+
+    @cached_property
+    def max_items(self) -> int:
+        """The most items of any batch."""
+        return max(map(self.num_items, range(1, self.num_reqs + 1)))
 
     @property
     def max_request_items(self) -> int:
@@ -83,24 +109,25 @@ class DecodeLimits:
         if self.batch_invariant:
             blocks = -(-self.seq_len // self.block_size)
             return max(1, min(-(-blocks // INVARIANT_BLOCKS), INVARIANT_ITEMS))
-        return self.slots * self.tuning.waves + 1
+        return self.max_items
 
     @property
     def chunk_blocks(self) -> int:
         """Blocks that a program scans before it attends to those it keeps, a power of two."""
+        tuning = self.tuning_of(self.num_reqs)
         block_bytes = self.query_len * self.num_heads * self.block_size * torch.float32.itemsize
-        most = self.tuning.score_bytes // (block_bytes * self.num_items(self.num_reqs))
-        return max(self.tile_blocks, min(self.tuning.chunk_blocks, 1 << most.bit_length() >> 1))
+        most = tuning.score_bytes // (block_bytes * self.max_items)
+        return max(self.tile_blocks, min(tuning.chunk_blocks, 1 << most.bit_length() >> 1))
 
     @property
     def tile_blocks(self) -> int:
         """Blocks of one step of the scan."""
-        return max(1, self.tuning.scan_tokens // self.block_size)
+        return max(1, self.tuning_of(self.num_reqs).scan_tokens // self.block_size)
 
     @property
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
-        rows = (self.num_items(self.num_reqs), self.query_len * self.num_heads)
+        rows = (self.max_items, self.query_len * self.num_heads)
         return (
             ((*rows, self.head_size), torch.float32),
             (rows, torch.float32),
@@ -133,7 +160,7 @@ def _decode_plan_kernel(
     SLOTS: tl.constexpr,
     WAVES: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
-    MAX_BLOCKS: tl.constexpr,
+    ITEM_OVERHEAD: tl.constexpr,
     REQS_PADDED: tl.constexpr,
     ITEMS: tl.constexpr,
     INVARIANT_BLOCKS: tl.constexpr,
@@ -143,16 +170,25 @@ def _decode_plan_kernel(
     seq_lens = tl.load(seq_lens_ptr + requests, mask=requests < num_reqs, other=0)
     blocks = (seq_lens + BLOCK_SIZE - 1) // BLOCK_SIZE
     total = tl.sum(blocks, axis=0)
-    # as few waves as keep items small, each of them full: rounding up adds about an item to every
-    # request that is cut
-    waves = tl.minimum(tl.maximum((total + SLOTS * MAX_BLOCKS - 1) // (SLOTS * MAX_BLOCKS), 1), WAVES)
-    places = SLOTS * waves
-    cut = tl.sum((blocks > (total + places - 1) // places).to(tl.int32), axis=0)
-    places = tl.maximum(places - cut, (places + 1) // 2)
-    size = tl.maximum((total + places - 1) // places, MIN_BLOCKS)
+    longest = tl.max(blocks, axis=0)
+    size = longest
+    least = tl.full([], 1 << 30, tl.int32)
+    for candidate in tl.static_range(2 * WAVES):
+        places = SLOTS * (candidate // 2 + 1)
+        if candidate % 2 == 1:  # rounding up adds about an item to every request that is cut
+            cut = tl.sum((blocks * places > total).to(tl.int32), axis=0)
+            places = tl.maximum(places - cut, (places + 1) // 2)
+        wanted = tl.maximum((total + places - 1) // places, MIN_BLOCKS)
+        items = tl.sum((blocks + wanted - 1) // wanted, axis=0)
+        pieces = tl.maximum((longest + wanted - 1) // wanted, 1)
+        cost = (longest + pieces - 1) // pieces + ITEM_OVERHEAD
+        cost *= (items + SLOTS - 1) // SLOTS
+        size = tl.where(cost < least, wanted, size)
+        least = tl.minimum(cost, least)
     if INVARIANT_ITEMS > 0:
         size = tl.maximum((blocks + INVARIANT_ITEMS - 1) // INVARIANT_ITEMS, INVARIANT_BLOCKS)
     # padding rows have an item, too, so that somebody clears their output
+    size = tl.maximum(size, 1)
     counts = tl.where(requests < num_reqs, tl.maximum((blocks + size - 1) // size, 1), 0)
     ends = tl.cumsum(counts, axis=0)
 
@@ -185,7 +221,7 @@ class DecodePlan:
 
     @classmethod
     def allocate(cls, limits: DecodeLimits, device: torch.device) -> "DecodePlan":
-        shape = (limits.num_items(limits.num_reqs), 4)
+        shape = (limits.max_items, 4)
         return cls(
             limits,
             torch.full(shape, -1, dtype=torch.int32, device=device),
@@ -200,14 +236,15 @@ class DecodePlan:
         """Plans a batch on the device and returns the plan cut to its size.
 
         Every request is cut into equal runs of blocks, so that all items of the batch are of
-        about one size, unless the limits are batch invariant. Rows of length 0 are padding and get one item without blocks.
+        about one size, unless the limits are batch invariant. Rows of length 0 are padding and
+        get one item without blocks.
 
         Args:
             seq_lens: int32 `[num_reqs]`, contiguous, within the limits.
         """
-        limits, tuning = self.limits, self.limits.tuning
-        num_reqs = seq_lens.shape[0]
+        limits, num_reqs = self.limits, seq_lens.shape[0]
         assert num_reqs <= limits.num_reqs
+        tuning = limits.tuning_of(num_reqs)
         num_items = limits.num_items(num_reqs)
         items = 32
         _decode_plan_kernel[(triton.cdiv(num_items, items),)](
@@ -216,10 +253,10 @@ class DecodePlan:
             num_reqs,
             num_items,
             BLOCK_SIZE=limits.block_size,
-            SLOTS=limits.slots,
+            SLOTS=limits.slots(num_reqs),
             WAVES=tuning.waves,
             MIN_BLOCKS=tuning.min_blocks,
-            MAX_BLOCKS=tuning.max_blocks,
+            ITEM_OVERHEAD=tuning.item_overhead,
             REQS_PADDED=triton.next_power_of_2(num_reqs),
             ITEMS=items,
             INVARIANT_BLOCKS=INVARIANT_BLOCKS,

@@ -20,9 +20,23 @@ def query_rows(GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.con
 
 @triton.jit
 def load_query(
-    query_ptr, stride_token, stride_head, columns, scale_log2,
+    query_ptr, stride_token, stride_head, columns,
     GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr,
+):
+    """The query as it is, PARTS times, `[PARTS * ROWS_PADDED, HEAD_SIZE_PADDED]`."""
+    rows = tl.arange(0, PARTS * ROWS_PADDED) % ROWS_PADDED
+    places = rows // GROUP * stride_token + rows % GROUP * stride_head
+    return tl.load(
+        query_ptr + places[:, None] + columns[None, :],
+        mask=(rows < GROUP * QUERY_LEN)[:, None] & (columns < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def split_query(
+    query, scale_log2, ROWS_PADDED: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """The query `[HEAD_SIZE_PADDED, PARTS * ROWS_PADDED]` and the factor on its scores.
 
@@ -31,16 +45,9 @@ def load_query(
     log2 units) takes back, and is the sum of part i / PART_SCALE^i. Two parts hold a bfloat16
     element, three (of PARTS 4) a float16 one, without error down to 2^-14 of the row's largest.
     """
-    parts = tl.arange(0, PARTS * ROWS_PADDED) // ROWS_PADDED
-    rows = tl.arange(0, PARTS * ROWS_PADDED) % ROWS_PADDED
-    places = rows // GROUP * stride_token + rows % GROUP * stride_head
-    query = tl.load(
-        query_ptr + places[:, None] + columns[None, :],
-        mask=(rows < GROUP * QUERY_LEN)[:, None] & (columns < HEAD_SIZE)[None, :],
-        other=0.0,
-    )
     factor = tl.full([ROWS_PADDED], 1.0, tl.float32) * scale_log2
     if PARTS > 1:
+        parts = tl.arange(0, PARTS * ROWS_PADDED) // ROWS_PADDED
         query = query.to(tl.float32)
         largest = tl.max(tl.abs(query), axis=1)
         exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 7, 1)

@@ -91,6 +91,10 @@ class PageLayout:
             planes.append(Plane("value_exponent", torch.uint8, 1))
         return tuple(planes)
 
+    def plane(self, name: str) -> Plane:
+        """The plane of that name."""
+        return next(plane for plane in self.planes if plane.name == name)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token of one KV head."""

@@ -15,13 +15,13 @@ def token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE: tl.constexpr):
 @triton.jit
 def token_pointers(
     plane_ptr, pages, positions, stride_page,
-    STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr, PACKED: tl.constexpr = 1,
 ):
     """Pointers to the rows of tokens at `positions`, whose pages are known.
 
     `plane_ptr` points at the head's first row of page 0.
     """
-    return plane_ptr + pages * stride_page + (positions % PAGE_SIZE) * STRIDE_TOKEN
+    return plane_ptr + pages * stride_page + (positions % PAGE_SIZE // PACKED) * STRIDE_TOKEN
 
 
 @triton.jit
@@ -52,53 +52,32 @@ def pick(values, index, SIZE: tl.constexpr):
 
 
 @triton.jit
-def tile_order(ROWS: tl.constexpr):
-    """Which token of a tile each row of it holds, `[ROWS]`.
-
-    The matrix unit hands rows to four warps by sixteens. In this order a warp's rows are a run of
-    tokens, so that what is reduced over a block stays within a warp, or few of them.
-    """
-    rows = tl.arange(0, ROWS)
-    if ROWS % 64 == 0:
-        rows = rows // 16 % 4 * (ROWS // 4) + rows // 64 * 16 + rows % 16
-    return rows
-
-
-@triton.jit
-def by_block(values, BLOCK_SIZE: tl.constexpr):
-    """What belongs to a tile's rows, `[ROWS, COLUMNS]`, as `[blocks, BLOCK_SIZE * COLUMNS]`; see
-    `tile_order`."""
-    ROWS: tl.constexpr = values.shape[0]
-    COLUMNS: tl.constexpr = values.shape[1]
-    if ROWS % 64 == 0:
-        values = tl.reshape(values, (ROWS // 64, 4, 16, COLUMNS))
-        values = tl.permute(values, (1, 0, 2, 3))
-    return tl.reshape(values, (ROWS // BLOCK_SIZE, BLOCK_SIZE * COLUMNS))
-
-
-@triton.jit
 def tile_pointers(
     plane_ptr, block_table_row_ptr, places, index, first_position, seq_len,
     stride_page, STRIDE_TOKEN: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    PACKED: tl.constexpr = 1,
 ):
-    """Pointers `[ROWS]` to the rows of whole blocks in `tile_order`; the first block is at
-    `first_position` and at `index` of `places` (see `load_places`)."""
-    tokens = tile_order(ROWS)
+    """Pointers `[ROWS]` to the rows of whole blocks, the first of which is at `first_position`
+    and at `index` of `places` (see `load_places`).
+
+    PACKED tokens share an element of the plane.
+    """
+    tokens = tl.arange(0, ROWS)
     if PAGE_SIZE % BLOCK_SIZE == 0:
         PER_PAGE: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
         pointers = plane_ptr + tokens * 0
         for block in tl.static_range(ROWS // BLOCK_SIZE):
             place = pick(places, index + block, BLOCKS)
             block_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
-            block_ptr += place % PER_PAGE * (BLOCK_SIZE * STRIDE_TOKEN)
+            block_ptr += place % PER_PAGE * (BLOCK_SIZE // PACKED * STRIDE_TOKEN)
             pointers = tl.where(tokens // BLOCK_SIZE == block, block_ptr, pointers)
-        pointers += tokens % BLOCK_SIZE * STRIDE_TOKEN
+        pointers += tokens % BLOCK_SIZE // PACKED * STRIDE_TOKEN
     else:
         positions = first_position + tokens
         pages = token_pages(block_table_row_ptr, positions, positions < seq_len, PAGE_SIZE)
         pointers = token_pointers(
-            plane_ptr, pages, positions, stride_page, STRIDE_TOKEN, PAGE_SIZE
+            plane_ptr, pages, positions, stride_page, STRIDE_TOKEN, PAGE_SIZE, PACKED
         )
     return pointers
 
@@ -122,23 +101,47 @@ def load_rows(
 
 
 @triton.jit
+def load_columns(pointers, columns, valid, HEAD_SIZE: tl.constexpr):
+    """The rows of `load_rows` as columns, `[HEAD_SIZE_PADDED, ROWS]`."""
+    return tl.load(
+        pointers[None, :] + columns[:, None],
+        mask=valid[None, :] & (columns < HEAD_SIZE)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
 def load_scales(pointers, valid):
     """The powers of two that rows are stored without, float32 `[ROWS]`."""
     return exponent_to_scale(tl.load(pointers, mask=valid, other=127))
 
 
 @triton.jit
-def load_tile_scales(
+def load_tile_exponents(
     exponent_ptr, block_table_row_ptr, places, index, first_position, seq_len, stride_page,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     HAS_EXPONENT: tl.constexpr,
 ):
-    """`load_scales` of the tile at `tile_pointers`; ones if there are no exponents."""
-    scales = tl.full([ROWS], 1.0, tl.float32)
+    """Exponents of the tile at `tile_pointers`, for `tile_scales`: of each row the four bytes
+    that its own is one of, int32 `[ROWS]`.
+
+    Whole registers, so that a kernel can carry them to its next iteration without waiting for
+    them in this one.
+    """
+    words = tl.zeros([ROWS], tl.int32)
     if HAS_EXPONENT:
         pointers = tile_pointers(
-            exponent_ptr, block_table_row_ptr, places, index, first_position, seq_len,
-            stride_page, 1, PAGE_SIZE, BLOCK_SIZE, BLOCKS, ROWS,
+            exponent_ptr.to(tl.pointer_type(tl.int32)), block_table_row_ptr, places, index,
+            first_position, seq_len, stride_page // 4, 1, PAGE_SIZE, BLOCK_SIZE, BLOCKS, ROWS, 4,
         )
-        scales = load_scales(pointers, first_position + tile_order(ROWS) < seq_len)
+        words = tl.load(pointers, mask=first_position + tl.arange(0, ROWS) < seq_len, other=0)
+    return words
+
+
+@triton.jit
+def tile_scales(words, ROWS: tl.constexpr, HAS_EXPONENT: tl.constexpr):
+    """The powers of two that a tile's rows are stored without, float32 `[ROWS]`."""
+    scales = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_EXPONENT:
+        scales = exponent_to_scale(words >> tl.arange(0, ROWS) % 4 * 8 & 255)
     return scales

@@ -1,6 +1,7 @@
-"""Launch parameters of the decode kernels, kept as data."""
+"""Launch parameters of the decode kernel, kept as data."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -8,11 +9,12 @@ class DecodeTuning:
     """How decode is cut over the GPU; any values give the same result up to rounding.
 
     Args:
-        programs_per_processor: programs that run at a time on a multiprocessor; sizes the work
-            items of a batch that fits into one wave.
-        waves: how many such waves a long batch may have, for balance.
-        min_blocks, max_blocks: work items have at least `min_blocks` blocks, and more than
-            `max_blocks` only when the waves are used up.
+        programs_per_processor: programs that run at a time on a multiprocessor where blocks are
+            pruned; sizes the work items.
+        dense_programs_per_processor: the same where nothing is.
+        waves: how many times in a row, at most, the GPU is filled with work items, for balance.
+        min_blocks: work items have at least so many blocks.
+        item_overhead: blocks that could be read in the time that an item costs beside its blocks.
         chunk_blocks: blocks that a program scans before it attends to those it keeps; at most 32.
         scan_tokens: tokens of one step of the scan.
         scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
@@ -25,15 +27,16 @@ class DecodeTuning:
     """
 
     programs_per_processor: int = 4
-    waves: int = 4
+    dense_programs_per_processor: int = 3
+    waves: int = 2
     min_blocks: int = 4
-    max_blocks: int = 32
+    item_overhead: int = 6
     chunk_blocks: int = 32
     scan_tokens: int = 64
     scan_stages: int = 4
     attend_stages: int = 2
     dense_stages: int = 2
-    merge_rows: int = 32
+    merge_rows: int = 16
     merge_stages: int = 3
     num_warps: int = 4
     max_registers: int = 128
@@ -41,43 +44,82 @@ class DecodeTuning:
 
 
 DEFAULT = DecodeTuning()
+"""For batches that fill the GPU, and for GPUs that nobody has measured."""
+
+FEW = DecodeTuning(
+    programs_per_processor=2,
+    dense_programs_per_processor=2,
+    waves=1,
+    min_blocks=2,
+    attend_stages=3,
+    dense_stages=3,
+    max_registers=168,
+)
+"""For batches that do not: memory's latency is what counts, so more of it is asked for at once."""
+
+TUNINGS: dict[tuple[int, int], tuple[tuple[int | None, DecodeTuning], ...]] = {
+    (9, 0): ((2, FEW), (None, DEFAULT)),  # measured on an H200
+}
+"""By compute capability: up to how many requests (None: any number) which parameters hold."""
 
 HOPPER_SHARED_MEMORY = 232_448
 """Bytes that a program can have on compute capability 9.0."""
 
+SCRATCH_BYTES = 6144
+"""Shared memory of a program beside its pipelines, at most; from compiled kernels."""
 
+
+@lru_cache
 def decode_tuning(
+    num_reqs: int,
     head_size: int,
     block_size: int,
     key_bytes: int = 1,
+    value_bytes: int = 2,
+    capability: tuple[int, int] = (9, 0),
     shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> DecodeTuning:
-    """The parameters for a model and a GPU: the default, with as deep pipelines as fit.
+    """The parameters for a batch, a model and a GPU: pipelines as deep as fit the table's number
+    of programs, as many programs as fit then.
 
     Args:
+        num_reqs: requests of the batch.
         head_size: elements of a head.
         block_size: tokens that are kept or skipped together.
-        key_bytes: bytes of an element of the key plane: 1 for E4M3, else 2.
+        key_bytes, value_bytes: of an element of K's base and of V.
+        capability: compute capability.
         shared_memory: bytes that a program can have on this GPU.
     """
+    classes = TUNINGS.get(capability, ((None, DEFAULT),))
+    tuning = next(t for most, t in classes if most is None or num_reqs <= most)
     padded = 1 << (head_size - 1).bit_length()
-    block = block_size * padded
-    scan_tile = max(DEFAULT.scan_tokens, block_size) * padded * key_bytes
-    attend_tile, dense_tile = 3 * block, 4 * block  # residual + V; and the base
-    return replace(
-        DEFAULT,
-        scan_stages=_stages_that_fit(DEFAULT.scan_stages, scan_tile, shared_memory),
-        attend_stages=_stages_that_fit(DEFAULT.attend_stages, attend_tile, shared_memory),
-        dense_stages=_stages_that_fit(DEFAULT.dense_stages, dense_tile, shared_memory),
+    scan_tile = max(tuning.scan_tokens, block_size) * padded * key_bytes
+    residual_bytes = 1 if key_bytes == 1 else 0
+    attend_tile = block_size * padded * (residual_bytes + value_bytes)
+    dense_tile = attend_tile + block_size * padded * key_bytes
+    tuning = replace(
+        tuning,
+        scan_stages=_stages_that_fit(tuning.scan_stages, scan_tile, shared_memory),
+        attend_stages=_stages_that_fit(tuning.attend_stages, attend_tile, shared_memory),
+        dense_stages=_stages_that_fit(tuning.dense_stages, dense_tile, shared_memory),
     )
-
-
-def pipeline_bytes(stages: int, tile: int) -> int:
-    """An upper bound, from compiled kernels, of the shared memory that a loop of two or more
-    stages over tiles of so many bytes takes: a buffer a stage but the last, and some scratch."""
-    return (stages - 1) * tile + tile // 4 + 9216
+    pruned = max(tuning.scan_stages * scan_tile, tuning.attend_stages * attend_tile)
+    dense = tuning.dense_stages * dense_tile
+    return replace(
+        tuning,
+        programs_per_processor=min(
+            tuning.programs_per_processor, _programs_that_fit(pruned, shared_memory)
+        ),
+        dense_programs_per_processor=min(
+            tuning.dense_programs_per_processor, _programs_that_fit(dense, shared_memory)
+        ),
+    )
 
 
 def _stages_that_fit(most: int, tile: int, shared_memory: int) -> int:
     deeper = range(most, 1, -1)
-    return next((n for n in deeper if pipeline_bytes(n, tile) <= shared_memory), 1)
+    return next((n for n in deeper if n * tile + SCRATCH_BYTES <= shared_memory), 1)
+
+
+def _programs_that_fit(pipelines: int, shared_memory: int) -> int:
+    return max(1, shared_memory // (pipelines + SCRATCH_BYTES))

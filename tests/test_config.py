@@ -39,6 +39,8 @@ BAD_OPTIONS = {
         {"record_skip_ratio": None},
         ["'record_skip_ratio' = None", "true or false"],
     ),
+    "fused_kproj unknown": ({"fused_kproj": "yes"}, ["'fused_kproj' = 'yes'", "'auto', 'on' or"]),
+    "fused_kproj int": ({"fused_kproj": 1}, ["'fused_kproj' = 1 (int)", "'auto', 'on' or 'off'"]),
     "dense_layers int": ({"dense_layers": 3}, ["'dense_layers' = 3 (int)", "a list of layer"]),
     "dense_layers of bool": ({"dense_layers": [True]}, ["'dense_layers' = [True]", "a list of"]),
     "dense_layers of text": ({"dense_layers": ["0"]}, ["'dense_layers' = ['0']", "a list of"]),
@@ -118,6 +120,13 @@ def test_missing_file(monkeypatch, tmp_path):
 def test_overrides_must_be_a_mapping(overrides):
     with pytest.raises(ValueError, match=r"additional_config\['ffa_fp8fp8'\] is .*mapping"):
         FFAConfig.load(overrides=overrides)
+
+
+@pytest.mark.parametrize("text, value", [("off", "off"), ("on", "on"), ("auto", "auto")])
+def test_yaml_reads_on_and_off_as_booleans(tmp_path, text, value):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"fused_kproj: {text}")
+    assert FFAConfig.load(preset=str(file)).fused_kproj == value
 
 
 def test_precedence(monkeypatch, tmp_path):

@@ -1,5 +1,9 @@
 """Everything that depends on vLLM's version."""
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 SUPPORTED_VLLM = ">=0.32,<0.34"
 _FIRST, _FIRST_UNSUPPORTED = (0, 32), (0, 34)
 
@@ -72,3 +76,94 @@ def load_flash_attention(head_size: int, batch_invariant: bool = False):
         )
 
     return attend
+
+
+FUSABLE_ATTENTION = (
+    ("vllm.model_executor.models.llama", "LlamaAttention"),
+    ("vllm.model_executor.models.mistral", "MistralAttention"),
+    ("vllm.model_executor.models.qwen2", "Qwen2Attention"),
+    ("vllm.model_executor.models.qwen3", "Qwen3Attention"),
+)
+"""Attention modules whose forward is `qkv_proj`, norms of q and k heads (see `head_norms`),
+`rotary_emb`, `attn`, `o_proj`; MistralAttention's may scale q besides."""
+
+
+def is_fusable_forward(forward: Callable) -> bool:
+    """Whether `forward`, a class's function, does what one of FUSABLE_ATTENTION does: it is that
+    function, or one compiled to the same code, as many models have."""
+    code = _code(forward)
+    for module, name in FUSABLE_ATTENTION:
+        if code == _code(getattr(import_module(module), name).forward):
+            return True
+    return False
+
+
+def _code(function: Any) -> tuple:
+    if getattr(function, "by_ffa_fp8fp8", False):  # our own wrapper
+        function = function.__wrapped__
+    code = function.__code__
+    return code.co_code, code.co_names, code.co_varnames, code.co_consts
+
+
+def head_norms(attention: Any) -> tuple[Any, Any] | None:
+    """The norms of q and k heads that a module with a fusable forward applies, or None."""
+    if not hasattr(attention, "q_norm") or not getattr(attention, "qk_norm", True):
+        return None
+    return attention.q_norm, attention.k_norm
+
+
+def attention_problem(attention: Any, head_size: int) -> str | None:
+    """Why norms and rotation of `attention`, a module with a fusable forward, are not those of
+    the kernels, or None."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    rotary = attention.rotary_emb
+    forwards = ("forward_native", "forward_cuda", "forward_cpu")
+    if any(
+        getattr(type(rotary), name, 0) is not getattr(RotaryEmbedding, name) for name in forwards
+    ):
+        return f"{type(rotary).__name__} has a rotation of its own"
+    if rotary.head_size != head_size or not hasattr(rotary, "cos_sin_cache"):
+        return "its rotation is not over the attention's heads"
+    if getattr(attention, "do_llama_4_scaling", False):
+        return "it scales q by position"
+    for norm in head_norms(attention) or ():
+        plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
+        if not plain or tuple(norm.weight.shape) != (head_size,):
+            return f"{type(norm).__name__} is not a plain norm of a head"
+    return None
+
+
+def projection_problem(linear: Any, vllm_config: Any) -> str | None:
+    """Why `linear`, the QKV projection, is not a plain matrix of this GPU's own, or None."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
+
+    if vllm_config.lora_config is not None:
+        return "LoRA is on"
+    if type(linear) is not QKVParallelLinear:
+        return f"{type(linear).__name__} is not a plain matrix"
+    if type(linear.quant_method) is not UnquantizedLinearMethod:
+        return f"it is quantised ({type(linear.quant_method).__name__})"
+    if linear.tp_size > 1:
+        return "it is tensor-parallel"
+    if linear.skip_bias_add:
+        return "it leaves its bias to others"
+    return None
+
+
+def attend(layer: Any, query, key, value, output) -> None:
+    """Runs `layer`, a vLLM Attention, on `[num_tokens, heads, head_size]`, without a cache update;
+    within a forward context."""
+    from vllm.model_executor.layers.attention import attention
+
+    attention.unified_attention_with_output(query, key, value, output, layer.layer_name)
+
+
+def cache_and_slots(layer_name: str) -> tuple[Any, Any, Any]:
+    """The layer of that name, its KV cache and the step's slots, int64 `[<= num_tokens]`, or None
+    in the profiling run; within a forward context."""
+    from vllm.model_executor.layers.attention import attention
+
+    _, layer, kv_cache, slot_mapping = attention.get_attention_context(layer_name)
+    return layer, kv_cache, slot_mapping

@@ -17,6 +17,7 @@ ADDITIONAL_CONFIG_KEY = "ffa_fp8fp8"
 DEFAULT_PRESET = "balanced"
 BLOCK_SIZES = (16, 32, 64, 128)
 V_CACHE_DTYPES = ("auto", "fp8")
+FUSED_KPROJ = ("auto", "on", "off")
 
 
 def _is_int(value: object) -> bool:
@@ -61,6 +62,14 @@ def _count(value: object) -> int:
     raise ValueError
 
 
+def _fused_kproj(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads a bare on or off as one
+        value = "on" if value else "off"
+    if value in FUSED_KPROJ:
+        return value
+    raise ValueError
+
+
 def _option(default: Any, check: Callable[[object], Any], allowed: str) -> Any:
     """A field whose `check` returns the value to store or raises ValueError; `allowed` says what
     it accepts, for the user."""
@@ -99,6 +108,10 @@ class FFAConfig:
 
     record_skip_ratio: bool = _option(False, _flag, "true or false")
     """Count kept and total blocks on the device."""
+
+    fused_kproj: str = _option("auto", _fused_kproj, "'auto', 'on' or 'off'")
+    """Projection, rotation and cache write in one kernel: for the batches where that is measured
+    to be fastest, for all that the kernel takes, or never."""
 
     def __post_init__(self):
         for name, value in _checked(vars(self), "FFAConfig").items():

@@ -3,6 +3,8 @@
 import torch
 
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.projection_reference import rope_and_write_reference
+from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.reference import (
     decode_attention_reference,
     gather_kv_reference,
@@ -23,6 +25,13 @@ class CpuOps:
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv_reference(key, value, planes, slot_mapping)
+
+    def largest_projected_batch(self, hidden_size: int) -> int:
+        """No batch: vLLM's linear layer packs its weights for this CPU."""
+        return 0
+
+    def rope_and_write(self, qkv, positions, heads: QKVHeads, planes, slot_mapping, rotated):
+        rope_and_write_reference(qkv, positions, heads, planes, slot_mapping, rotated)
 
     def decode(
         self,

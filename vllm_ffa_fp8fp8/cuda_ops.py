@@ -11,6 +11,15 @@ from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, Decode
 from vllm_ffa_fp8fp8.kernels.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch, project_rope_and_write
+from vllm_ffa_fp8fp8.kernels.projection_tuning import (
+    MAX_PROJECTED_TOKENS,
+    ProjectionTuning,
+    largest_projected_batch,
+    projection_tuning_on,
+)
+from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
+from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata, PrefillBatch
 
 
@@ -22,6 +31,8 @@ class CudaOps:
         self.vllm_config = vllm_config
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
+        self.arrived: torch.Tensor | None = None  # counters of `project_rope_and_write`
+        self.projection_tuning: ProjectionTuning | None = None
         self.batch_invariant = envs.batch_invariant()
         self.flash_attention = load_flash_attention(impl.head_size, self.batch_invariant)
 
@@ -37,7 +48,9 @@ class CudaOps:
             block_size=block_size,
             query_len=decode_query_len(self.vllm_config),
             batch_invariant=self.batch_invariant,
-            key_dtype=impl.layout.planes[0].dtype,
+            prunes=impl.config.prunes,
+            key_dtype=impl.layout.plane("key").dtype,
+            value_dtype=impl.layout.plane("value").dtype,
         )
 
     def make_plan(self, block_size: int) -> DecodePlan:
@@ -49,9 +62,40 @@ class CudaOps:
         page_size = self.vllm_config.cache_config.block_size
         self._scratch(self.decode_limits(pruning_block_size(page_size, self.impl.config)))
         self._context(self.max_model_len)
+        fused = self.impl.fused_qkv
+        if fused is not None and fused.largest_projected_batch:
+            self._projection_scratch(fused.largest_projected_batch, fused.heads, fused.hidden_size)
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
+
+    def largest_projected_batch(self, hidden_size: int) -> int:
+        """The most tokens that `project_rope_and_write` is to take."""
+        if self.batch_invariant:
+            return 0  # larger batches are the linear layer's, which rounds otherwise
+        if self.impl.config.fused_kproj == "on":
+            return MAX_PROJECTED_TOKENS
+        return largest_projected_batch(hidden_size)
+
+    def rope_and_write(self, qkv, positions, heads: QKVHeads, planes, slot_mapping, rotated):
+        rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated)
+
+    def project_rope_and_write(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        linear: torch.nn.Module,
+        positions: torch.Tensor,
+        heads: QKVHeads,
+        planes: KVPlanes | None,
+        slot_mapping: torch.Tensor | None,
+        output: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
+    ) -> None:
+        num_tokens, hidden_size = hidden_states.shape
+        scratch = self._projection_scratch(num_tokens, heads, hidden_size)
+        project_rope_and_write(
+            hidden_states, linear.weight, linear.bias, positions, heads, planes, slot_mapping,
+            output, scratch, self.projection_tuning,
+        )  # fmt: skip
 
     def decode(
         self,
@@ -112,6 +156,17 @@ class CudaOps:
 
     def _scratch(self, limits: DecodeLimits) -> DecodeScratch:
         return DecodeScratch(*current_workspace_manager().get_simultaneous(*limits.scratch_shapes))
+
+    def _projection_scratch(
+        self, num_tokens: int, heads: QKVHeads, hidden_size: int
+    ) -> ProjectionScratch:
+        if self.arrived is None:  # in the profiling run: no graph may capture its making
+            device, num_heads = heads.cos_sin_cache.device, heads.num_all_heads
+            self.projection_tuning = projection_tuning_on(device, num_heads, hidden_size)
+            self.arrived = torch.zeros(num_heads, dtype=torch.int32, device=device)
+        shape = ProjectionScratch.sums_shape(num_tokens, heads, self.projection_tuning)
+        (sums,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
+        return ProjectionScratch(sums, self.arrived)
 
     def _context(self, num_tokens: int) -> list[torch.Tensor]:
         shape = (num_tokens, self.impl.num_kv_heads, self.impl.head_size)

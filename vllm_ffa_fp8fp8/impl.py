@@ -6,7 +6,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from vllm_ffa_fp8fp8 import patches
 from vllm_ffa_fp8fp8.backend import FFAFP8FP8Backend, page_layout
+from vllm_ffa_fp8fp8.fused_qkv import FusedQKV, fuse
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata
 from vllm_ffa_fp8fp8.refusals import check_impl_arguments
@@ -47,7 +49,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = None
         self.config = FFAFP8FP8Backend.set_config()
-        vllm_config = get_current_vllm_config()
+        self.vllm_config = vllm_config = get_current_vllm_config()
         self.layout = page_layout(head_size, vllm_config.model_config.dtype, self.config)
         if current_platform.is_cuda():
             from vllm_ffa_fp8fp8.cuda_ops import CudaOps as Ops
@@ -56,6 +58,10 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.ops = Ops(self, vllm_config)
         self.is_dense: bool | None = None
         self.counters: torch.Tensor | None = None  # int64 [2]: kept and all blocks
+        self.fused_qkv: FusedQKV | None = None
+        self.attention: torch.nn.Module | None = None  # the module that holds this layer
+        if self.config.fused_kproj != "off":
+            patches.note_attention_modules(type(self))
         self._planes: KVPlanes | None = None
         self._planes_key: tuple[int, torch.Size] | None = None
 
@@ -65,6 +71,11 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         if self._planes_key != key:
             self._planes, self._planes_key = self.layout.split(kv_cache), key
         return self._planes
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Fuses the attention module's forward, where that can be: only now it is complete."""
+        if self.attention is not None and self.config.fused_kproj != "off":
+            self.fused_qkv = fuse(self, self.attention, self.vllm_config)
 
     def do_kv_cache_update(
         self,

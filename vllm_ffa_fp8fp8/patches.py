@@ -3,10 +3,11 @@ vLLM's behaviour alone wherever FFA_FP8FP8 is not the backend."""
 
 import copyreg
 import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 
 from vllm_ffa_fp8fp8 import envs
-from vllm_ffa_fp8fp8.plugin import BACKEND_NAME, register_backend
+from vllm_ffa_fp8fp8.plugin import BACKEND_NAME, FUSED_ATTENTION_OP, register_backend
 
 
 def apply() -> None:
@@ -104,6 +105,59 @@ def offer_backend_on_cpu() -> None:
     platform_class.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def note_attention_modules(impl_class: type) -> None:
+    """Sets `impl.attention` of every impl of that class to the module that its layer becomes part
+    of, by a hook of PyTorch's that sees modules become parts of others.
+
+    Symptom without it: a layer cannot find the projection, the norms and the rotation that come
+    before it. Can go when vLLM hands the module to `process_weights_after_loading`.
+    """
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    if getattr(impl_class, "notes_attention_modules", False):
+        return
+    impl_class.notes_attention_modules = True
+
+    def note(module, name, submodule):
+        impl = getattr(submodule, "impl", None)
+        if isinstance(impl, impl_class) and impl.attention is None:
+            impl.attention = module
+
+    register_module_module_registration_hook(note)
+
+
+def fuse_forward(attention_class: type, fused_forward: Callable) -> None:
+    """Wraps `attention_class.forward`: modules that have `fused_path` set run
+    `fused_forward(module, positions, hidden_states)`, all others are left alone.
+
+    Symptom without it: projection, norms, rotation and cache write are kernels of their own. Can
+    go when vLLM lets a backend take over from the hidden states on.
+    """
+    original = attention_class.forward
+    if getattr(original, "by_ffa_fp8fp8", False):
+        return
+
+    @functools.wraps(original)
+    def forward(self, positions, hidden_states, *args, **kwargs):
+        if getattr(self, "fused_path", None) is None:
+            return original(self, positions, hidden_states, *args, **kwargs)
+        return fused_forward(self, positions, hidden_states)
+
+    forward.by_ffa_fp8fp8 = True
+    attention_class.forward = forward
+
+
+def _split_graphs_at_fused_attention(compilation_config) -> None:
+    """Lists our operator beside vLLM's attention operators where graphs are split at those.
+
+    Symptom without it: a piecewise CUDA graph captures the operator with the slots and lengths
+    of the capture, and later steps write to them. Can go with the operator.
+    """
+    operators = compilation_config.splitting_ops
+    if operators and FUSED_ATTENTION_OP not in operators:
+        operators.append(FUSED_ATTENTION_OP)
+
+
 @contextmanager
 def _chosen_by_environment(engine_args):
     """While VLLM_ATTENTION_BACKEND names us: vLLM knows the variable, and `engine_args` asks for
@@ -148,6 +202,8 @@ def _check_and_freeze_options(vllm_config) -> None:
     check_platform(current_platform)
     options = FFAConfig.from_vllm_config(vllm_config)
     check_options(options, fp8_available())
+    if options.fused_kproj != "off":
+        _split_graphs_at_fused_attention(vllm_config.compilation_config)
     if envs.batch_invariant():
         check_batch_invariance(has_drafts=vllm_config.speculative_config is not None)
     # Workers read these, not their own environment or files, which may differ on another node.

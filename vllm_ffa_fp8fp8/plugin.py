@@ -3,6 +3,7 @@ machine with the plugin installed runs this, whether the backend is chosen or no
 
 BACKEND_NAME = "FFA_FP8FP8"
 BACKEND_PATH = "vllm_ffa_fp8fp8.backend.FFAFP8FP8Backend"
+FUSED_ATTENTION_OP = "vllm_ffa::fused_attention"
 
 
 def register_early() -> None:

@@ -13,7 +13,8 @@ RECALL_LENGTHS = (2048, 6000)
 RECALL_LENGTHS_GPU = (2048, 8192, 16_384)
 GPU = FINE_LOGITS | {
     "max_model_len": 20_000,
-    "gpu_memory_utilization": 0.5,
+    "gpu_memory_utilization": 0.15,
+    "kv_cache_memory_bytes": 6 << 30,  # engines side by side would disturb one another's profiling
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 32,
 }

@@ -36,6 +36,7 @@ def check_graphs(run: Run) -> None:
     assert run.facts["model_runner"] == "vllm.v1.worker.gpu.model_runner"
 
 
+@pytest.mark.xdist_group("exact")
 def test_exact_gives_flash_attentions_tokens(exact_run):
     batches = mixed_batches_gpu()
     flash_attention = run_engine(batches, CONTINUE, attention_backend="FLASH_ATTN", **GPU)
@@ -44,10 +45,12 @@ def test_exact_gives_flash_attentions_tokens(exact_run):
     check_same_tokens(exact_run, flash_attention)
 
 
+@pytest.mark.xdist_group("exact")
 def test_exact_runs_compiled_in_graphs(exact_run):
     check_graphs(exact_run)
 
 
+@pytest.mark.xdist_group("exact")
 def test_exact_finds_prefixes_and_skips_nothing(exact_run):
     shared = (16_000, 16_000, 16_000, 8192, 3000, 4097)
     for answer, length in zip(exact_run.batches[1], shared, strict=True):
@@ -56,6 +59,7 @@ def test_exact_finds_prefixes_and_skips_nothing(exact_run):
         assert counts["kept_blocks"] == counts["total_blocks"] > 0
 
 
+@pytest.mark.xdist_group("balanced")
 def test_balanced_recalls_every_code(balanced_run):
     check_graphs(balanced_run)
     for batch, length in enumerate(RECALL_LENGTHS_GPU):
@@ -74,6 +78,7 @@ def test_fp8_values_recall_every_code():
         assert run.skip_ratio(batch) > 0.05
 
 
+@pytest.mark.xdist_group("balanced")
 def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balanced_run):
     options = {"preset": "balanced", "precomputed_threshold": True, "record_skip_ratio": False}
     batches = recall_batches(RECALL_LENGTHS_GPU, ASKED)
@@ -83,7 +88,8 @@ def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balan
 
 
 def test_serve_answers():
-    limits = ("--max-model-len", "20000", "--gpu-memory-utilization", "0.5", "--max-num-seqs", "32")
+    limits = ("--max-model-len", "20000", "--max-num-seqs", "32")
+    limits += ("--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(6 << 30))
     asked = list(itertools.chain(questions(2048, 2), questions(8192, 1)))
     with serve(*limits, VLLM_ATTENTION_BACKEND="FFA_FP8FP8") as server:
         answers = [server.complete(question.prompt, max_tokens=8) for question in asked]

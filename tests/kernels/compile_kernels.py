@@ -10,11 +10,13 @@ import sys
 
 import torch
 from cases import Case, make_batch, poisoned_scratch
+from qkv_cases import QKVCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
-from vllm_ffa_fp8fp8.kernels.tuning import decode_tuning
+from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch
+from vllm_ffa_fp8fp8.kernels.projection_tuning import MAX_PROJECTED_TOKENS, projection_tuning
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
 KERNELS = {
@@ -22,6 +24,8 @@ KERNELS = {
     "decode_attention": ["decode_threshold_kernel", "decode_kernel"],
     "kv_write": ["_kv_write_kernel"],
     "kv_gather": ["_kv_gather_kernel"],
+    "rope_write": ["_rope_write_kernel"],
+    "project_write": ["_project_write_kernel"],
 }
 TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
@@ -72,22 +76,25 @@ def record(case: Case, capability: int, every_way: bool) -> list:
             setattr(modules[name], kernel, Recorder(originals[name, kernel], launches))
     batch = make_batch(case)
     planes = case.layout.split(batch.storage[1])
-    tuning = decode_tuning(
-        case.head_size, case.block_size, planes.key.itemsize, SHARED_MEMORY[capability]
-    )
-    heads = case.num_kv_heads * case.group
-    limits = DecodeLimits(
-        len(case.lengths), 4096, heads, case.num_kv_heads, case.head_size, case.block_size, 132,
-        case.query_len, tuning=tuning,
-    )  # fmt: skip
-    plan = DecodePlan.allocate(limits, torch.device("cpu")).update(batch.seq_lens)
-    scratch = poisoned_scratch(limits, "cpu")
-    output = torch.empty_like(batch.query())
-    ways = [(torch.ones(1), False), (torch.ones(1), True), (None, False)]
-    for delta, precomputed in ways if every_way else ways[:1]:
+    ways = [
+        (2, torch.ones(1), False), (1, torch.ones(1), False), (2, torch.ones(1), True),
+        (2, None, False), (1, None, False),
+    ]  # fmt: skip
+    for num_reqs, delta, precomputed in ways if every_way else ways[:1]:
+        limits = DecodeLimits(
+            len(case.lengths), 4096, case.num_kv_heads * case.group, case.num_kv_heads,
+            case.head_size, case.block_size, 132, case.query_len, prunes=delta is not None,
+            key_bytes=planes.key.itemsize, value_bytes=planes.value.itemsize,
+            capability=(capability // 10, capability % 10),
+            shared_memory=SHARED_MEMORY[capability],
+        )  # fmt: skip
+        query = batch.query()[: num_reqs * case.query_len]
+        plan = DecodePlan.allocate(limits, torch.device("cpu"))
         modules["decode_attention"].decode_attention(
-            batch.query(), planes, batch.block_table, batch.seq_lens, plan, scratch, output,
-            scale=case.scale, delta=delta, precomputed_threshold=precomputed,
+            query, planes, batch.block_table[:num_reqs], batch.seq_lens[:num_reqs],
+            plan.update(batch.seq_lens[:num_reqs]), poisoned_scratch(limits, "cpu"),
+            torch.empty_like(query), scale=case.scale, delta=delta,
+            precomputed_threshold=precomputed,
         )  # fmt: skip
     slots = torch.arange(batch.key.shape[0])
     modules["kv_write"].write_kv(batch.key, batch.value, planes, slots)
@@ -95,9 +102,31 @@ def record(case: Case, capability: int, every_way: bool) -> list:
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
     key, value = torch.empty_like(batch.key), torch.empty_like(batch.key)
     modules["kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
+    record_projections(case, planes, modules, SHARED_MEMORY[capability])
     for (name, kernel), original in originals.items():
         setattr(modules[name], kernel, original)
     return launches
+
+
+def record_projections(case: Case, planes, modules, shared_memory: int) -> None:
+    """One small and one large batch, with and without a norm."""
+    for num_tokens, norm in ((1, False), (MAX_PROJECTED_TOKENS, True)):
+        shape = {"num_tokens": num_tokens, "norm": norm, "bias": norm, "hidden_size": 256}
+        qkv_case = QKVCase(**vars(case) | shape)
+        heads = qkv_case.heads("cpu")
+        qkv = torch.zeros(num_tokens, qkv_case.width, dtype=case.dtype)
+        positions, slots = torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)
+        for rotated in (qkv, torch.empty_like(qkv)):
+            modules["rope_write"].rope_and_write(qkv, positions, heads, planes, slots, rotated)
+        hidden = torch.zeros(num_tokens, qkv_case.hidden_size, dtype=case.dtype)
+        weight = torch.zeros(qkv_case.width, qkv_case.hidden_size, dtype=case.dtype)
+        tuning = projection_tuning(
+            heads.num_all_heads, qkv_case.hidden_size, shared_memory=shared_memory
+        )
+        modules["project_write"].project_rope_and_write(
+            hidden, weight, qkv[0] if norm else None, positions, heads, planes, slots, qkv,
+            ProjectionScratch.allocate(num_tokens, heads, tuning), tuning,
+        )  # fmt: skip
 
 
 def cases(capability: int) -> list[Case]:
@@ -111,6 +140,7 @@ def cases(capability: int) -> list[Case]:
         Case(head_size=256, num_kv_heads=1, page_size=128, block_size=128, **keys),  # most memory
         Case(head_size=64, dtype=torch.float16, block_size=16, query_len=8, **keys),
         Case(head_size=80, group=8, fp8_value=fp8, query_len=8, **keys),
+        Case(head_size=128, group=16, num_kv_heads=1, query_len=8, **keys),
     ]
 
 

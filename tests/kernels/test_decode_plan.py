@@ -67,17 +67,19 @@ def test_every_block_is_covered_once(device, limits, lengths):
         assert num_items == 1 or largest // 2 <= size > 0
 
 
-@pytest.mark.parametrize("num_reqs, length", [(1, 8192), (1, 131_072), (8, 32_768), (32, 5000)])
-def test_waves_are_full(device, num_reqs, length):
+@pytest.mark.parametrize(
+    "num_reqs, length, prunes",
+    [(1, 8192, True), (1, 131_072, True), (8, 32_768, True), (32, 5000, True), (64, 1024, True)],
+)
+def test_waves_are_full(device, num_reqs, length, prunes):
     """Items are as many as run at a time, or a small multiple of it, less a few."""
-    limits = LIMITS[0]
+    limits = dataclasses.replace(LIMITS[0], num_reqs=64, prunes=prunes, block_size=64)
     lengths = [length - 37 * request for request in range(num_reqs)]
     sizes = sizes_of(items_of(plan_of(limits, lengths, device), num_reqs), limits.block_size)
-    waves = -(-len(sizes) // limits.slots)
-    assert waves <= limits.tuning.waves
-    assert len(sizes) >= 0.85 * waves * limits.slots
-    if waves < limits.tuning.waves:
-        assert max(size for size, _ in sizes) <= 1.3 * limits.tuning.max_blocks
+    slots = limits.slots(num_reqs)
+    waves = -(-len(sizes) // slots)
+    assert waves <= limits.tuning_of(num_reqs).waves + 1
+    assert len(sizes) >= 0.8 * waves * slots
 
 
 @settings(max_examples=30, deadline=None)

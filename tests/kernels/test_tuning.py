@@ -1,25 +1,54 @@
-"""Which pipelines are chosen for which GPU. That they fit is what `test_compile.py` sees."""
+"""Which launch parameters are chosen for which batch, model and GPU."""
 
 import pytest
 
-from vllm_ffa_fp8fp8.kernels.tuning import DEFAULT, decode_tuning
+from vllm_ffa_fp8fp8.kernels.tuning import (
+    DEFAULT,
+    FEW,
+    HOPPER_SHARED_MEMORY,
+    TUNINGS,
+    decode_tuning,
+)
 
 ADA_SHARED_MEMORY = 101_376
-STAGES = ("scan_stages", "attend_stages", "dense_stages")
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128])
+def test_a_measured_gpu_has_parameters_for_few_requests():
+    assert decode_tuning(1, 128, 64) == decode_tuning(2, 128, 64) == FEW
+    assert decode_tuning(3, 128, 64) == decode_tuning(1000, 128, 64) == DEFAULT
+
+
+def test_an_unknown_gpu_has_the_default():
+    assert decode_tuning(1, 128, 64, capability=(12, 7)) == DEFAULT
+
+
+@pytest.mark.parametrize("capability", TUNINGS)
+def test_the_last_class_takes_any_batch(capability):
+    assert TUNINGS[capability][-1][0] is None
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-def test_hopper_takes_the_default(head_size, block_size):
-    assert decode_tuning(head_size, block_size) == DEFAULT
+@pytest.mark.parametrize("shared_memory", [ADA_SHARED_MEMORY, HOPPER_SHARED_MEMORY])
+@pytest.mark.parametrize("num_reqs", [1, 64])
+def test_pipelines_fit(head_size, block_size, shared_memory, num_reqs):
+    """All programs that are to run at a time fit, and a program alone always does; that the
+    compiled kernels keep to it is test_compile's."""
+    tuning = decode_tuning(num_reqs, head_size, block_size, shared_memory=shared_memory)
+    tile = block_size * (1 << (head_size - 1).bit_length())
+    for stages, bytes_per_row, programs in (
+        (tuning.attend_stages, 3, tuning.programs_per_processor),
+        (tuning.dense_stages, 4, tuning.dense_programs_per_processor),
+    ):
+        pipeline = stages * bytes_per_row * tile
+        assert programs == 1 or programs * pipeline < shared_memory
+        assert stages == 1 or pipeline < shared_memory
 
 
-@pytest.mark.parametrize("key_bytes", [1, 2])
-@pytest.mark.parametrize("head_size, block_size", [(128, 64), (256, 64), (256, 128)])
-def test_a_smaller_gpu_has_no_deeper_pipelines(head_size, block_size, key_bytes):
-    large = decode_tuning(head_size, block_size, key_bytes)
-    small = decode_tuning(head_size, block_size, key_bytes, ADA_SHARED_MEMORY)
-    for stages in STAGES:
-        assert 1 <= getattr(small, stages) <= getattr(large, stages)
-    smallest = decode_tuning(head_size, block_size, key_bytes, shared_memory=1)
-    assert [getattr(smallest, stages) for stages in STAGES] == [1, 1, 1]
+def test_a_small_gpu_takes_what_fits():
+    tuning = decode_tuning(64, 256, 64, shared_memory=ADA_SHARED_MEMORY)
+    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (4, 1, 1)
+    assert tuning.programs_per_processor == 1
+    tuning = decode_tuning(64, 128, 64, shared_memory=ADA_SHARED_MEMORY)
+    assert (tuning.attend_stages, tuning.dense_stages) == (2, 2)
+    assert tuning.programs_per_processor == 1

@@ -27,17 +27,26 @@ class Decoder:
     Args:
         prune: with `DELTA`; without it every block is kept, as in the preset `exact`.
         tuning: fields of `DecodeTuning` to change.
+        value_dtype: of the cached values.
     """
 
-    def __init__(self, shape: Shape, prune: bool, tuning: dict[str, Any], device: str = "cuda"):
+    def __init__(
+        self,
+        shape: Shape,
+        prune: bool,
+        tuning: dict[str, Any],
+        device: str = "cuda",
+        value_dtype: torch.dtype = torch.bfloat16,
+    ):
         self.shape, self.device = shape, torch.device(device)
         geometry = shape.geometry
         limits = DecodeLimits.on_device(
             self.device, num_reqs=shape.batch, seq_len=shape.seq_len,
             num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
             head_size=geometry.head_size, block_size=geometry.page_size,
+            prunes=prune, value_dtype=value_dtype,
         )  # fmt: skip
-        limits = replace(limits, tuning=replace(limits.tuning, **tuning))
+        limits = replace(limits, tuning=replace(limits.tuning_of(shape.batch), **tuning))
         self.delta = torch.tensor([DELTA], device=self.device) if prune else None
         self.scratch = DecodeScratch.allocate(limits, self.device)
         seq_lens = torch.full((shape.batch,), shape.seq_len, dtype=torch.int32, device=self.device)

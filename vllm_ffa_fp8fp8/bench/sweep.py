@@ -91,7 +91,12 @@ def measure(
             ours = [c for c in due if c.series not in PEERS and c.value_dtype == value_dtype]
             planes = [write_cache(inputs, value_dtype) for inputs in sets] if ours else []
             for cell in ours:
-                decoder = Decoder(shape, cell.series == OURS, parse_tuning(cell.tuning))
+                decoder = Decoder(
+                    shape,
+                    cell.series == OURS,
+                    parse_tuning(cell.tuning),
+                    value_dtype=planes[0].value.dtype,
+                )
                 error, measured_kept = decoder.check(sets[0], planes[0])
                 us = decoder.time(sets, planes)
                 floor = cell.floor_bytes(measured_kept) / bandwidth
