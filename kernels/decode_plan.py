@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .tuning import HOPPER_SHARED_MEMORY, DecodeTuning, decode_tuning
 
-
 INVARIANT_BLOCKS = 64
 """Blocks of a work item where a request is cut alike in every batch."""
 INVARIANT_ITEMS = 32
@@ -237,7 +236,8 @@ class DecodePlan:
         """Plans a batch on the device and returns the plan cut to its size.
 
         Every request is cut into equal runs of blocks, so that all items of the batch are of
-        about one size, unless the limits are batch invariant. Rows of length 0 are padding and get one item without blocks.
+        about one size, unless the limits are batch invariant. Rows of length 0 are padding and
+        get one item without blocks.
 
         Args:
             seq_lens: int32 `[num_reqs]`, contiguous, within the limits.

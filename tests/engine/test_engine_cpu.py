@@ -1,12 +1,14 @@
 """The CPU engine through the plugin, from prompts to tokens."""
 
 import pytest
-from agreement import check_codes, check_same_answer, check_same_tokens
+from agreement import check_codes, check_same_answer
+from float32 import check_as_exact, errors, rms
 from jobs import (
     ANSWER,
     CONTINUE,
     CPU,
     DRAFTS,
+    FINE_LOGITS,
     NUM_DRAFTS,
     RECALL_LENGTHS,
     SMALL_STEPS,
@@ -20,6 +22,7 @@ from vllm.platforms import current_platform
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 
 LAYERS, KV_HEADS, HEAD_SIZE = 4, 2, 128
+HARD_BATCHES = [[source_prompt(1400)], [source_prompt(1600, start=20_000)]]
 
 
 def decoded_blocks(prompt_len: int, max_tokens: int, block_size: int) -> int:
@@ -28,10 +31,10 @@ def decoded_blocks(prompt_len: int, max_tokens: int, block_size: int) -> int:
     return sum(-(-seq_len // block_size) for seq_len in seq_lens) * KV_HEADS * LAYERS
 
 
-def test_exact_gives_the_default_backends_tokens(exact_run, default_run):
+def test_exact_is_as_exact_as_the_default_backend(exact_run, default_run):
     assert default_run.facts["backends"] == ["CPU_ATTN"]
     assert exact_run.facts["backends"] == ["FFA_FP8FP8"]
-    check_same_tokens(exact_run, default_run)
+    check_as_exact(exact_run, default_run, mixed_batches())
 
 
 def test_exact_skips_nothing(exact_run):
@@ -49,14 +52,14 @@ def test_cached_prefix_gives_the_same_answer(exact_run):
     check_same_answer(short_again, short)
 
 
-def test_drafts_change_no_token(exact_run):
+def test_drafts_change_no_answer(exact_run):
     """Verified by decode, several query tokens a request, beside requests without drafts."""
     run = run_ours(mixed_batches(), CONTINUE, {"preset": "exact"}, **SMALL_STEPS, **DRAFTS)
     assert run.facts["backends"] == ["FFA_FP8FP8"]
     assert run.facts["accepted_tokens"] > 0
     assert set(exact_run.decode_query_lens) == {1}
     assert run.decode_query_lens.count(1 + NUM_DRAFTS) > 5
-    check_same_tokens(run, exact_run)
+    check_as_exact(run, exact_run, mixed_batches())
 
 
 def test_not_chosen_changes_nothing(default_run, run_without_plugin):
@@ -91,8 +94,14 @@ def pruned_hard():
         "min_context": 1500,
         "dense_layers": [0, -1],
     }
-    batches = [[source_prompt(1400)], [source_prompt(1600, start=20_000)]]
-    return run_ours(batches, CONTINUE, options, **CPU)
+    return run_ours(HARD_BATCHES, CONTINUE, options, **CPU, **FINE_LOGITS)
+
+
+def test_pruning_hard_is_less_exact(pruned_hard, exact_run):
+    """What tells the exact runs from others."""
+    wrong, _ = errors(pruned_hard, HARD_BATCHES)
+    right, _ = errors(exact_run, mixed_batches())
+    assert rms(wrong) > 2 * rms(right)
 
 
 def test_min_context_leaves_short_requests_unpruned(pruned_hard):
