@@ -22,7 +22,7 @@ def lowest_bit(bits):
 
 @triton.jit
 def widen(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
-    """`[FIRST, ROWS_PADDED]` with zeros up to the 16 columns that the matrix unit takes at least."""
+    """`[FIRST, ROWS_PADDED]` with zeros up to 16 columns, the least of the matrix unit."""
     if ROWS_PADDED < 16:
         HALVES: tl.constexpr = 16 // ROWS_PADDED
         halves = tl.arange(0, HALVES)[None, :, None]
@@ -106,7 +106,8 @@ def attend_blocks(
     KEY_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr, PARTS: tl.constexpr, FROM_SCORES: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
+    FROM_SCORES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -165,7 +166,7 @@ def attend_blocks(
                     key_stride_page, KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
                     BLOCK_SIZE,
                 ),
-                columns, None, HEAD_SIZE, HEAD_SIZE_PADDED,
+                columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
             scores += dot_query(key, query, PARTS, ROWS_PADDED)
         if HAS_RESIDUAL:
@@ -175,7 +176,7 @@ def attend_blocks(
                     residual_stride_page, RESIDUAL_STRIDE, PAGE_SIZE, BLOCK_SIZE,
                     CHUNK_BLOCKS, BLOCK_SIZE,
                 ),
-                columns, None, HEAD_SIZE, HEAD_SIZE_PADDED,
+                columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
             scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
         key_scales = tile_scales(key_exponents, BLOCK_SIZE, HAS_EXPONENT)

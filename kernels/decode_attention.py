@@ -114,6 +114,7 @@ def decode_attention(
         BLOCK_SIZE=limits.block_size,
         CHUNK_BLOCKS=limits.chunk_blocks,
         TILE_BLOCKS=limits.tile_blocks,
+        WHOLE_PAGES=planes.whole_pages,
         PRUNE=delta is not None,
         HAS_THRESHOLD=precomputed_threshold is not False,
         HAS_RESIDUAL=residual is not None,

@@ -60,6 +60,7 @@ def attn_forward_decode_fp8fp8(
         value=v.transpose(1, 2),
         page_size=triton.next_power_of_2(seq_len),  # one compiled kernel for many lengths
         residual_scale=1.0,
+        whole_pages=False,
     )
     device = q.device
     limits = DecodeLimits.on_device(

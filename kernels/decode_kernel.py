@@ -59,6 +59,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     CHUNK_BLOCKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    WHOLE_PAGES: tl.constexpr,
     ANCHOR_TOKENS: tl.constexpr,
     PRUNE: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
@@ -164,7 +165,8 @@ def decode_kernel(
                 scores_ptr, key_ptr, exponent_ptr, block_table_row_ptr,
                 key_stride_page, exponent_stride_page,
                 KEY_STRIDE, QUERY_LEN, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
-                BLOCK_SIZE, CHUNK_BLOCKS, TILE_BLOCKS, PARTS, HAS_EXPONENT, DTYPE, SCAN_STAGES,
+                BLOCK_SIZE, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT, DTYPE,
+                SCAN_STAGES,
             )
             num_kept = tl.sum(kept >> tl.arange(0, CHUNK_BLOCKS) & 1, axis=0)
             tl.debug_barrier()  # scores are written by some threads, read by others
@@ -174,13 +176,12 @@ def decode_kernel(
             chunk_begin, seq_len, places, scores_ptr,
             key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
             block_table_row_ptr,
-            key_stride_page, residual_stride_page,
-            exponent_stride_page, value_stride_page,
+            key_stride_page, residual_stride_page, exponent_stride_page, value_stride_page,
             value_exponent_stride_page,
             KEY_STRIDE, RESIDUAL_STRIDE, VALUE_STRIDE,
             ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
-            PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT, RESIDUAL_SCALE, DTYPE,
-            VALUE_DTYPE, ATTEND_STAGES,
+            WHOLE_PAGES, PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+            RESIDUAL_SCALE, DTYPE, VALUE_DTYPE, ATTEND_STAGES,
         )
         total_kept += num_kept
         places = next_places

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from .decode_query import query_rows
 
-
 SLOTS: tl.constexpr = tl.constexpr(4)
 """Items that are merged side by side, each slot by a warp of its own."""
 

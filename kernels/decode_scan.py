@@ -41,7 +41,7 @@ def load_anchors(
     pages = token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE)
     key = load_rows(
         token_pointers(key_ptr, pages, positions, key_stride_page, KEY_STRIDE, PAGE_SIZE),
-        tl.arange(0, HEAD_SIZE_PADDED), valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+        tl.arange(0, HEAD_SIZE_PADDED), valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
     )
     scales = tl.full([4 * ANCHOR_TOKENS], 1.0, tl.float32)
     if HAS_EXPONENT:
@@ -78,8 +78,8 @@ def scan_blocks(
     KEY_STRIDE: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, PARTS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
-    DTYPE: tl.constexpr, STAGES: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Scores blocks `chunk_begin ... chunk_end` of a request in tiles of TILE_BLOCKS.
 
@@ -112,7 +112,8 @@ def scan_blocks(
                 key_ptr, block_table_row_ptr, places, index, position, seq_len, key_stride_page,
                 KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, TILE,
             ),
-            columns, None, HEAD_SIZE, HEAD_SIZE_PADDED,
+            columns, position + tile_tokens < seq_len, not WHOLE_PAGES, HEAD_SIZE,
+            HEAD_SIZE_PADDED,
         ).to(DTYPE)
         scores = dot_query(key, query, PARTS, ROWS_PADDED)
         scores *= tile_scales(exponents, TILE, HAS_EXPONENT)[:, None]

@@ -57,7 +57,7 @@ def _kv_gather_kernel(
             key_plane_ptr + head * key_plane_stride_head, pages, positions, key_plane_stride_page,
             HEAD_SIZE, PAGE_SIZE,
         ),
-        columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+        columns, valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
     ).to(tl.float32)
     if HAS_RESIDUAL:
         residual = load_rows(
@@ -65,7 +65,7 @@ def _kv_gather_kernel(
                 residual_plane_ptr + head * residual_plane_stride_head, pages, positions,
                 residual_plane_stride_page, HEAD_SIZE, PAGE_SIZE,
             ),
-            columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+            columns, valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
         )
         key += residual.to(tl.float32) * (1.0 / RESIDUAL_SCALE)
     if FP8_KEY:
@@ -79,7 +79,7 @@ def _kv_gather_kernel(
             value_plane_ptr + head * value_plane_stride_head, pages, positions,
             value_plane_stride_page, HEAD_SIZE, PAGE_SIZE,
         ),
-        columns, valid, HEAD_SIZE, HEAD_SIZE_PADDED,
+        columns, valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
     )
     if FP8_VALUE:
         exponents = token_pointers(

@@ -17,7 +17,8 @@ class KVPlanes(NamedTuple):
     `key_exponent` uint8 of width 1 (E8M0: the key is `(key + key_residual / residual_scale) *
     2^(key_exponent - 127)`). `value` is the model's dtype, or E4M3 with a `value_exponent` like
     the key's: the value is `value * 2^(value_exponent - 127)`. The optional planes are None when
-    the page has none. Only the last dimension needs to be contiguous.
+    the page has none. Only the last dimension needs to be contiguous. Without `whole_pages` the
+    memory of a page may end with its last token in use.
     """
 
     key: torch.Tensor
@@ -27,6 +28,7 @@ class KVPlanes(NamedTuple):
     page_size: int
     value_exponent: torch.Tensor | None = None
     residual_scale: float = RESIDUAL_SCALE
+    whole_pages: bool = True
 
     @property
     def num_kv_heads(self) -> int:

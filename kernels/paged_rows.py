@@ -84,14 +84,14 @@ def tile_pointers(
 
 @triton.jit
 def load_rows(
-    pointers, columns, valid, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr
+    pointers, columns, valid,
+    MASKED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
 ):
-    """Loads rows of a plane, `[ROWS, HEAD_SIZE_PADDED]`, zero where not `valid`; None: all are."""
+    """Loads rows of a plane, `[ROWS, HEAD_SIZE_PADDED]`; if MASKED, zero where not `valid`."""
     pointers = pointers[:, None] + columns[None, :]
-    if valid is not None:
-        rows = tl.load(
-            pointers, mask=valid[:, None] & (columns < HEAD_SIZE)[None, :], other=0.0
-        )
+    if MASKED:
+        mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]
+        rows = tl.load(pointers, mask=mask, other=0.0)
     elif HEAD_SIZE == HEAD_SIZE_PADDED:
         rows = tl.load(pointers)
     else:
