@@ -19,8 +19,7 @@ class DecodeTuning:
         scan_tokens: tokens of one step of the scan.
         scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
             that starts from its scores, and of the one that reads the base.
-        merge_rows, merge_stages: query rows of partial results in one step of the merge, and its
-            pipeline depth.
+        merge_rows: query rows of partial results that a warp asks for at a time in the merge.
         num_warps: warps of a program.
         max_registers: registers of a thread, at most; fewer let more programs run at a time.
         score_bytes: about the most memory for scores that the scan hands on.
@@ -37,7 +36,6 @@ class DecodeTuning:
     attend_stages: int = 2
     dense_stages: int = 2
     merge_rows: int = 16
-    merge_stages: int = 3
     num_warps: int = 4
     max_registers: int = 128
     score_bytes: int = 128 << 20
@@ -61,6 +59,11 @@ TUNINGS: dict[tuple[int, int], tuple[tuple[int | None, DecodeTuning], ...]] = {
     (9, 0): ((2, FEW), (None, DEFAULT)),  # measured on an H200
 }
 """By compute capability: up to how many requests (None: any number) which parameters hold."""
+
+HEAD_SIZE, BLOCK_SIZE = 128, 64
+"""What the table was measured with; others have tiles and pipelines of about as many bytes."""
+
+MAX_STAGES = 6
 
 HOPPER_SHARED_MEMORY = 232_448
 """Bytes that a program can have on compute capability 9.0."""
@@ -93,15 +96,17 @@ def decode_tuning(
     classes = TUNINGS.get(capability, ((None, DEFAULT),))
     tuning = next(t for most, t in classes if most is None or num_reqs <= most)
     padded = 1 << (head_size - 1).bit_length()
-    scan_tile = max(tuning.scan_tokens, block_size) * padded * key_bytes
+    scan_tokens = tuning.scan_tokens * max(1, HEAD_SIZE // padded)
+    scan_tile = max(scan_tokens, block_size) * padded * key_bytes
     residual_bytes = 1 if key_bytes == 1 else 0
     attend_tile = block_size * padded * (residual_bytes + value_bytes)
     dense_tile = attend_tile + block_size * padded * key_bytes
     tuning = replace(
         tuning,
-        scan_stages=_stages_that_fit(tuning.scan_stages, scan_tile, shared_memory),
-        attend_stages=_stages_that_fit(tuning.attend_stages, attend_tile, shared_memory),
-        dense_stages=_stages_that_fit(tuning.dense_stages, dense_tile, shared_memory),
+        scan_tokens=scan_tokens,
+        scan_stages=_stages(tuning.scan_stages, scan_tile, 1, shared_memory),
+        attend_stages=_stages(tuning.attend_stages, attend_tile, 3, shared_memory),
+        dense_stages=_stages(tuning.dense_stages, dense_tile, 4, shared_memory),
     )
     pruned = max(tuning.scan_stages * scan_tile, tuning.attend_stages * attend_tile)
     dense = tuning.dense_stages * dense_tile
@@ -116,8 +121,10 @@ def decode_tuning(
     )
 
 
-def _stages_that_fit(most: int, tile: int, shared_memory: int) -> int:
-    deeper = range(most, 1, -1)
+def _stages(tuned: int, tile: int, tuned_bytes: int, shared_memory: int) -> int:
+    """As many bytes in flight as in the table, whose tiles have `tuned_bytes` an element."""
+    wanted = tuned * BLOCK_SIZE * HEAD_SIZE * tuned_bytes // tile
+    deeper = range(min(max(wanted, tuned), MAX_STAGES), 1, -1)
     return next((n for n in deeper if n * tile + SCRATCH_BYTES <= shared_memory), 1)
 
 

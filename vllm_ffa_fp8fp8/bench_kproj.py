@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .bench_decode import environment, read_bandwidth, time_graph
+from .bench.sweep import environment
+from .bench.timing import read_bandwidth, time_graph
 from .kernels.kv_write import write_kv
 from .kernels.page_layout import KVPlanes, PageLayout
 from .kernels.project_write import ProjectionScratch, project_rope_and_write

@@ -77,8 +77,8 @@ def record(case: Case, capability: int, every_way: bool) -> list:
     batch = make_batch(case)
     planes = case.layout.split(batch.storage[1])
     ways = [
-        (2, torch.ones(1), False), (1, torch.ones(1), False), (2, torch.ones(1), True),
-        (2, None, False), (1, None, False),
+        (3, torch.ones(1), False), (1, torch.ones(1), False), (3, torch.ones(1), True),
+        (3, None, False), (1, None, False),
     ]  # fmt: skip
     for num_reqs, delta, precomputed in ways if every_way else ways[:1]:
         limits = DecodeLimits(
@@ -133,7 +133,7 @@ def cases(capability: int) -> list[Case]:
     """Variants that differ in code: dtypes, pages of whole blocks and not, groups, query tokens;
     the most query rows that the backend asks for."""
     fp8 = capability >= 89
-    keys = {"lengths": (30, 8), "residual": fp8, "fp8_key": fp8}
+    keys = {"lengths": (30, 8, 8), "residual": fp8, "fp8_key": fp8}
     return [
         Case(head_size=128, **keys),
         Case(head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32, **keys),

@@ -22,6 +22,13 @@ def test_an_unknown_gpu_has_the_default():
     assert decode_tuning(1, 128, 64, capability=(12, 7)) == DEFAULT
 
 
+def test_smaller_tiles_have_deeper_pipelines():
+    """About as many bytes in flight: FP8 values, small heads."""
+    assert decode_tuning(64, 128, 64, value_bytes=1).attend_stages == 3
+    small = decode_tuning(64, 64, 64)
+    assert (small.scan_tokens, small.scan_stages, small.attend_stages) == (128, 4, 4)
+
+
 @pytest.mark.parametrize("capability", TUNINGS)
 def test_the_last_class_takes_any_batch(capability):
     assert TUNINGS[capability][-1][0] is None
