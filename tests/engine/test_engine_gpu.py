@@ -96,6 +96,7 @@ def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balan
     check_same_tokens(run, balanced_run)
 
 
+@pytest.mark.xdist_group("exact")
 def test_drafts_change_no_token(exact_run):
     """Verified by decode, several query tokens a request, beside requests without drafts."""
     run = run_ours(mixed_batches_gpu(), CONTINUE, {"preset": "exact"}, **GPU, **DRAFTS)
