@@ -14,23 +14,24 @@ from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
 SPEC = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
 
 
-def model(group: int) -> SimpleNamespace:
+def model(group: int, dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(
+        dtype=dtype,
         get_num_attention_heads=lambda parallel_config: 2 * group,
         get_num_kv_heads=lambda parallel_config: 2,
     )
 
 
-def vllm_config(num_drafts=None, group=4, draft_group=None):
+def vllm_config(num_drafts=None, group=4, draft_group=None, dtype=torch.bfloat16):
     speculative = None
     if num_drafts is not None:
-        draft = None if draft_group is None else model(draft_group)
+        draft = None if draft_group is None else model(draft_group, dtype)
         speculative = SimpleNamespace(num_speculative_tokens=num_drafts, draft_model_config=draft)
     impl = SimpleNamespace(
         config=FFAConfig(), ops=SimpleNamespace(make_plan=lambda block_size: None)
     )
     return SimpleNamespace(
-        model_config=model(group),
+        model_config=model(group, dtype),
         speculative_config=speculative,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         compilation_config=SimpleNamespace(
@@ -100,6 +101,8 @@ def test_decodes_and_prefills(num_drafts, query_lens, num_decodes, query_len):
         (vllm_config(4, group=16), 1),  # 80 rows
         (vllm_config(3, group=16), 4),
         (vllm_config(4, group=4, draft_group=16), 1),
+        (vllm_config(4, group=8, dtype=torch.float16), 1),  # 40 rows of four parts each
+        (vllm_config(3, group=8, dtype=torch.float16), 4),
     ],
 )
 def test_graphs_of_drafts_are_promised_where_the_kernel_takes_them(config, query_len):

@@ -23,9 +23,9 @@ from vllm_ffa_fp8fp8.refusals import (
 PREFERRED_PAGE_SIZE = 64
 MAX_QUERY_LEN = 8
 """Query tokens of a request that decode takes."""
-MAX_QUERY_ROWS = 64
-"""Query rows of a KV head (its query heads, of all query tokens) that decode takes: more need more
-shared memory than GPUs of compute capability 8.9 have."""
+MAX_QUERY_ROWS = {torch.bfloat16: 64, torch.float16: 32}
+"""Query rows of a KV head (its query heads, of all query tokens) that decode takes, by the model's
+dtype: as two or four FP8 parts, more do not fit the shared memory of compute capability 8.9."""
 
 
 def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLayout:
@@ -60,7 +60,8 @@ def decode_query_len(vllm_config) -> int:
         model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         for model in (target, speculative.draft_model_config or target)
     )
-    fits = query_len <= MAX_QUERY_LEN and query_len * group <= MAX_QUERY_ROWS
+    rows = query_len * group
+    fits = query_len <= MAX_QUERY_LEN and rows <= MAX_QUERY_ROWS[target.dtype]
     return query_len if fits else 1
 
 
