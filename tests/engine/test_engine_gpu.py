@@ -4,9 +4,18 @@ import itertools
 
 import pytest
 from agreement import check_codes, check_same_tokens
-from jobs import ANSWER, CONTINUE, GPU, RECALL_LENGTHS_GPU, mixed_batches_gpu, recall_batches
+from jobs import (
+    ANSWER,
+    CONTINUE,
+    DRAFTS,
+    GPU,
+    NUM_DRAFTS,
+    RECALL_LENGTHS_GPU,
+    mixed_batches_gpu,
+    recall_batches,
+)
 from processes import Run, run_engine, run_ours, serve
-from prompts import questions
+from prompts import questions, recall_prompts
 
 pytestmark = pytest.mark.gpu
 
@@ -85,6 +94,28 @@ def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balan
     run = run_ours(batches, ANSWER, options, **GPU)
     assert all(counts["total_blocks"] == 0 for counts in run.skips)
     check_same_tokens(run, balanced_run)
+
+
+@pytest.mark.xdist_group("exact")
+def test_drafts_change_no_token(exact_run):
+    """Verified by decode, several query tokens a request, beside requests without drafts."""
+    run = run_ours(mixed_batches_gpu(), CONTINUE, {"preset": "exact"}, **GPU, **DRAFTS)
+    check_graphs(run)
+    assert run.facts["accepted_tokens"] > 0
+    assert run.decode_query_lens.count(1 + NUM_DRAFTS) > 5
+    check_same_tokens(run, exact_run)
+
+
+def test_batch_invariant_answers_are_bit_equal(monkeypatch):
+    """Alone, and among others that share its steps and cut its prompt elsewhere."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    first, *others = recall_prompts(5000, 3)
+    batches = [[first], [others[0], first, others[1], others[0][:700]]]
+    alone, among_others = run_ours(
+        batches, CONTINUE, {"preset": "balanced"}, enable_prefix_caching=False, **GPU
+    ).batches
+    assert alone[0]["tokens"] == among_others[1]["tokens"]
+    assert alone[0]["best"] == among_others[1]["best"]
 
 
 def test_serve_answers():
