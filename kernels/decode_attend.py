@@ -76,20 +76,20 @@ def load_scores(
 
 @triton.jit
 def load_block_exponents(
-    exponent_ptr, value_exponent_ptr, block_table_row_ptr, places, index, chunk_begin, seq_len,
+    exponent_ptr, value_exponent_ptr, places, index, chunk_begin, seq_len,
     exponent_stride_page, value_exponent_stride_page,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
-    HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
 ):
     """Exponents of a block's keys and values, for `tile_scales`."""
     position = (chunk_begin + index) * BLOCK_SIZE
     key_exponents = load_tile_exponents(
-        exponent_ptr, block_table_row_ptr, places, index, position, seq_len, exponent_stride_page,
-        PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, BLOCK_SIZE, HAS_EXPONENT,
+        exponent_ptr, places, index, position, seq_len, exponent_stride_page,
+        PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, BLOCK_SIZE, HAS_EXPONENT,
     )
     value_exponents = load_tile_exponents(
-        value_exponent_ptr, block_table_row_ptr, places, index, position, seq_len,
-        value_exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, BLOCK_SIZE,
+        value_exponent_ptr, places, index, position, seq_len,
+        value_exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
         HAS_VALUE_EXPONENT,
     )
     return key_exponents, value_exponents
@@ -100,13 +100,13 @@ def attend_blocks(
     accumulator, row_max, weight_sums,
     query, factor, limits, kept, num_kept,
     chunk_begin, seq_len, places, scores_ptr,
-    key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr, block_table_row_ptr,
+    key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
     key_stride_page, residual_stride_page,
     exponent_stride_page, value_stride_page, value_exponent_stride_page,
     KEY_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
     FROM_SCORES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
@@ -128,9 +128,9 @@ def attend_blocks(
         index = lowest_bit(remaining)
         base_scores = load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
     key_exponents, value_exponents = load_block_exponents(
-        exponent_ptr, value_exponent_ptr, block_table_row_ptr, places, index, chunk_begin, seq_len,
+        exponent_ptr, value_exponent_ptr, places, index, chunk_begin, seq_len,
         exponent_stride_page, value_exponent_stride_page,
-        PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+        PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
     )
     for rank in tl.range(0, num_kept, num_stages=STAGES):
         if FROM_SCORES:
@@ -147,24 +147,22 @@ def attend_blocks(
         positions = position + tokens
         value = load_columns(
             tile_pointers(
-                value_ptr, block_table_row_ptr, places, index, position, seq_len,
-                value_stride_page, VALUE_STRIDE, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
-                BLOCK_SIZE,
+                value_ptr, places, index, value_stride_page, VALUE_STRIDE, PAGE_SIZE, BLOCK_SIZE,
+                UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
             ),
             columns, positions < seq_len, HEAD_SIZE,
         ).to(VALUE_DTYPE)
         next_key_exponents, next_value_exponents = load_block_exponents(
-            exponent_ptr, value_exponent_ptr, block_table_row_ptr, places, next_index, chunk_begin,
+            exponent_ptr, value_exponent_ptr, places, next_index, chunk_begin,
             seq_len, exponent_stride_page, value_exponent_stride_page,
-            PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
         )
         scores = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
         if not FROM_SCORES:
             key = load_rows(
                 tile_pointers(
-                    key_ptr, block_table_row_ptr, places, index, position, seq_len,
-                    key_stride_page, KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
-                    BLOCK_SIZE,
+                    key_ptr, places, index, key_stride_page, KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE,
+                    UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
                 ),
                 columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
@@ -172,9 +170,8 @@ def attend_blocks(
         if HAS_RESIDUAL:
             residual = load_rows(
                 tile_pointers(
-                    residual_ptr, block_table_row_ptr, places, index, position, seq_len,
-                    residual_stride_page, RESIDUAL_STRIDE, PAGE_SIZE, BLOCK_SIZE,
-                    CHUNK_BLOCKS, BLOCK_SIZE,
+                    residual_ptr, places, index, residual_stride_page, RESIDUAL_STRIDE,
+                    PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
                 ),
                 columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)

@@ -72,9 +72,8 @@ def decode_attention(
     fp8_value = planes.value.dtype == torch.float8_e4m3fn
     scale_log2 = scale * math.log2(math.e)
     exponent_strides = exponent.stride()[:2] if exponent is not None else (0, 0)
-    # Where pages do not hold whole blocks, loads wait for loads of their own iteration, which
-    # Triton 3.9 fails to compile with more than one stage.
-    pipelined = planes.page_size % limits.block_size == 0
+    block_size = limits.block_size
+    unit = math.gcd(planes.page_size, block_size)
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
         "KEY_STRIDE": planes.key.stride(2),
@@ -111,8 +110,10 @@ def decode_attention(
         *(value_exponent.stride()[:2] if value_exponent is not None else (0, 0)),
         RESIDUAL_STRIDE=residual.stride(2) if residual is not None else 0,
         VALUE_STRIDE=planes.value.stride(2),
-        BLOCK_SIZE=limits.block_size,
-        CHUNK_BLOCKS=limits.chunk_blocks,
+        BLOCK_SIZE=block_size,
+        UNIT=unit,
+        # a warp holds the places of a chunk, an element a thread
+        CHUNK_BLOCKS=max(limits.tile_blocks, min(limits.chunk_blocks, 32 * unit // block_size)),
         TILE_BLOCKS=limits.tile_blocks,
         WHOLE_PAGES=planes.whole_pages,
         PRUNE=delta is not None,
@@ -122,8 +123,8 @@ def decode_attention(
         RESIDUAL_SCALE=planes.residual_scale,
         RECORD=counters is not None,
         VALUE_DTYPE=compute_dtype(torch.bfloat16 if fp8_value else planes.value.dtype),
-        SCAN_STAGES=tuning.scan_stages if pipelined else 1,
-        ATTEND_STAGES=attend_stages if pipelined else 1,
+        SCAN_STAGES=tuning.scan_stages,
+        ATTEND_STAGES=attend_stages,
         MERGE_ROWS=rows,
         MERGE_UNROLL=max(1, tuning.merge_rows // rows),
         num_warps=tuning.num_warps * (2 if rows > 32 else 1),

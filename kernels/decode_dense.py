@@ -58,7 +58,7 @@ def attn_forward_decode_fp8fp8(
         key_residual=None if residual is None else residual.transpose(1, 2),
         key_exponent=None,
         value=v.transpose(1, 2),
-        page_size=triton.next_power_of_2(seq_len),  # one compiled kernel for many lengths
+        page_size=max(block_size, triton.next_power_of_2(seq_len)),  # one kernel, many lengths
         residual_scale=1.0,
         whole_pages=False,
     )

@@ -57,6 +57,7 @@ def decode_kernel(
     HEAD_SIZE_PADDED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     CHUNK_BLOCKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     WHOLE_PAGES: tl.constexpr,
@@ -100,8 +101,9 @@ def decode_kernel(
     block_begin = index * num_blocks // num_items
     block_end = (index + 1) * num_blocks // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
+    end_position = tl.minimum(block_end * BLOCK_SIZE, seq_len)
     places = load_places(
-        block_table_row_ptr, block_begin, block_end, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS
+        block_table_row_ptr, block_begin, end_position, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS
     )
     query = load_query(
         query_ptr + token * query_stride_token + first_head * query_stride_head,
@@ -153,8 +155,8 @@ def decode_kernel(
     for chunk_begin in range(block_begin, block_end, CHUNK_BLOCKS):
         chunk_end = tl.minimum(chunk_begin + CHUNK_BLOCKS, block_end)
         next_places = load_places(
-            block_table_row_ptr, chunk_begin + CHUNK_BLOCKS, block_end, PAGE_SIZE, BLOCK_SIZE,
-            CHUNK_BLOCKS,
+            block_table_row_ptr, chunk_begin + CHUNK_BLOCKS, end_position, PAGE_SIZE, BLOCK_SIZE,
+            UNIT, CHUNK_BLOCKS,
         )
         kept = tl.zeros([], tl.int32)
         num_kept = chunk_end - chunk_begin
@@ -162,11 +164,10 @@ def decode_kernel(
             kept = scan_blocks(
                 query, factor, limits, threshold,
                 chunk_begin, chunk_end, seq_len, newest_block, places,
-                scores_ptr, key_ptr, exponent_ptr, block_table_row_ptr,
-                key_stride_page, exponent_stride_page,
+                scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
                 KEY_STRIDE, QUERY_LEN, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
-                BLOCK_SIZE, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT, DTYPE,
-                SCAN_STAGES,
+                BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT,
+                DTYPE, SCAN_STAGES,
             )
             num_kept = tl.sum(kept >> tl.arange(0, CHUNK_BLOCKS) & 1, axis=0)
             tl.debug_barrier()  # scores are written by some threads, read by others
@@ -175,12 +176,11 @@ def decode_kernel(
             query, factor, limits, kept, num_kept,
             chunk_begin, seq_len, places, scores_ptr,
             key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
-            block_table_row_ptr,
             key_stride_page, residual_stride_page, exponent_stride_page, value_stride_page,
             value_exponent_stride_page,
             KEY_STRIDE, RESIDUAL_STRIDE, VALUE_STRIDE,
-            ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
-            WHOLE_PAGES, PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+            ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE, UNIT,
+            CHUNK_BLOCKS, WHOLE_PAGES, PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
             RESIDUAL_SCALE, DTYPE, VALUE_DTYPE, ATTEND_STAGES,
         )
         total_kept += num_kept

@@ -73,13 +73,12 @@ def anchor_threshold(
 def scan_blocks(
     query, factor, limits, threshold,
     chunk_begin, chunk_end, seq_len, newest_block, places,
-    scores_ptr, key_ptr, exponent_ptr, block_table_row_ptr,
-    key_stride_page, exponent_stride_page,
+    scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
     KEY_STRIDE: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK_BLOCKS: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
-    HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr, TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr,
+    PARTS: tl.constexpr, HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Scores blocks `chunk_begin ... chunk_end` of a request in tiles of TILE_BLOCKS.
 
@@ -99,8 +98,8 @@ def scan_blocks(
     # pipelined
     position = chunk_begin * BLOCK_SIZE
     exponents = load_tile_exponents(
-        exponent_ptr, block_table_row_ptr, places, 0, position, seq_len, exponent_stride_page,
-        PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, TILE, HAS_EXPONENT,
+        exponent_ptr, places, 0, position, seq_len, exponent_stride_page,
+        PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE, HAS_EXPONENT,
     )
     kept = tl.zeros([], tl.int32)
     num_blocks = chunk_end - chunk_begin
@@ -109,8 +108,8 @@ def scan_blocks(
         position = (chunk_begin + index) * BLOCK_SIZE
         key = load_rows(
             tile_pointers(
-                key_ptr, block_table_row_ptr, places, index, position, seq_len, key_stride_page,
-                KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, TILE,
+                key_ptr, places, index, key_stride_page, KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE, UNIT,
+                CHUNK_BLOCKS, TILE,
             ),
             columns, position + tile_tokens < seq_len, not WHOLE_PAGES, HEAD_SIZE,
             HEAD_SIZE_PADDED,
@@ -118,8 +117,8 @@ def scan_blocks(
         scores = dot_query(key, query, PARTS, ROWS_PADDED)
         scores *= tile_scales(exponents, TILE, HAS_EXPONENT)[:, None]
         exponents = load_tile_exponents(
-            exponent_ptr, block_table_row_ptr, places, index + TILE_BLOCKS, position + TILE,
-            seq_len, exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, CHUNK_BLOCKS, TILE, HAS_EXPONENT,
+            exponent_ptr, places, index + TILE_BLOCKS, position + TILE, seq_len,
+            exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE, HAS_EXPONENT,
         )
         if position + TILE > seq_len - QUERY_LEN + 1:  # not all rows see all of it
             seen = (position + tile_tokens)[:, None] < limits[None, :]

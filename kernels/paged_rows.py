@@ -15,34 +15,34 @@ def token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE: tl.constexpr):
 @triton.jit
 def token_pointers(
     plane_ptr, pages, positions, stride_page,
-    STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr, PACKED: tl.constexpr = 1,
+    STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):
     """Pointers to the rows of tokens at `positions`, whose pages are known.
 
     `plane_ptr` points at the head's first row of page 0.
     """
-    return plane_ptr + pages * stride_page + (positions % PAGE_SIZE // PACKED) * STRIDE_TOKEN
+    return plane_ptr + pages * stride_page + (positions % PAGE_SIZE) * STRIDE_TOKEN
 
 
 @triton.jit
 def load_places(
-    block_table_row_ptr, first_block, end_block,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    block_table_row_ptr, first_block, end_position,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    """Where BLOCKS blocks from `first_block` on lie, int32: `page * blocks a page + place in it`;
-    0 from `end_block` on.
+    """Where BLOCKS blocks from `first_block` on lie, int32 `[BLOCKS * BLOCK_SIZE / UNIT]`: of each
+    run of UNIT tokens `page * runs a page + place in it`; 0 from `end_position` on.
 
-    Kernels hold the places of what they are about to read, since a load whose address waits for
-    another load of the same iteration is not pipelined. All 0 where pages do not hold whole
-    blocks.
+    UNIT, the greatest common divisor of page and block, is what lies together. Kernels hold the
+    places of what they are about to read, since a load whose address waits for another load of
+    the same iteration is not pipelined.
     """
-    blocks = first_block + tl.arange(0, BLOCKS)
-    places = tl.zeros([BLOCKS], tl.int32)
-    if PAGE_SIZE % BLOCK_SIZE == 0:
-        PER_PAGE: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
-        pages = tl.load(block_table_row_ptr + blocks // PER_PAGE, mask=blocks < end_block, other=0)
-        places = pages * PER_PAGE + blocks % PER_PAGE
-    return places
+    PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
+    units = first_block * PER_BLOCK + tl.arange(0, BLOCKS * PER_BLOCK)
+    pages = tl.load(
+        block_table_row_ptr + units // PER_PAGE, mask=units * UNIT < end_position, other=0
+    )
+    return pages * PER_PAGE + units % PER_PAGE
 
 
 @triton.jit
@@ -53,33 +53,22 @@ def pick(values, index, SIZE: tl.constexpr):
 
 @triton.jit
 def tile_pointers(
-    plane_ptr, block_table_row_ptr, places, index, first_position, seq_len,
-    stride_page, STRIDE_TOKEN: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    PACKED: tl.constexpr = 1,
+    plane_ptr, places, index, stride_page, STRIDE_TOKEN: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, PACKED: tl.constexpr = 1,
 ):
-    """Pointers `[ROWS]` to the rows of whole blocks, the first of which is at `first_position`
-    and at `index` of `places` (see `load_places`).
-
-    PACKED tokens share an element of the plane.
-    """
+    """Pointers `[ROWS]` to the rows of whole blocks, from block `index` of `places` on (see
+    `load_places`). PACKED tokens share an element of the plane."""
+    PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
     tokens = tl.arange(0, ROWS)
-    if PAGE_SIZE % BLOCK_SIZE == 0:
-        PER_PAGE: tl.constexpr = PAGE_SIZE // BLOCK_SIZE
-        pointers = plane_ptr + tokens * 0
-        for block in tl.static_range(ROWS // BLOCK_SIZE):
-            place = pick(places, index + block, BLOCKS)
-            block_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
-            block_ptr += place % PER_PAGE * (BLOCK_SIZE // PACKED * STRIDE_TOKEN)
-            pointers = tl.where(tokens // BLOCK_SIZE == block, block_ptr, pointers)
-        pointers += tokens % BLOCK_SIZE // PACKED * STRIDE_TOKEN
-    else:
-        positions = first_position + tokens
-        pages = token_pages(block_table_row_ptr, positions, positions < seq_len, PAGE_SIZE)
-        pointers = token_pointers(
-            plane_ptr, pages, positions, stride_page, STRIDE_TOKEN, PAGE_SIZE, PACKED
-        )
-    return pointers
+    pointers = plane_ptr + tokens * 0
+    for unit in tl.static_range(ROWS // UNIT):
+        place = pick(places, index * PER_BLOCK + unit, BLOCKS * PER_BLOCK)
+        unit_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
+        unit_ptr += place % PER_PAGE * (UNIT // PACKED * STRIDE_TOKEN)
+        pointers = tl.where(tokens // UNIT == unit, unit_ptr, pointers)
+    return pointers + tokens % UNIT // PACKED * STRIDE_TOKEN
 
 
 @triton.jit
@@ -118,9 +107,9 @@ def load_scales(pointers, valid):
 
 @triton.jit
 def load_tile_exponents(
-    exponent_ptr, block_table_row_ptr, places, index, first_position, seq_len, stride_page,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_EXPONENT: tl.constexpr,
+    exponent_ptr, places, index, first_position, seq_len, stride_page,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
 ):
     """Exponents of the tile at `tile_pointers`, for `tile_scales`: of each row the four bytes
     that its own is one of, int32 `[ROWS]`.
@@ -131,8 +120,8 @@ def load_tile_exponents(
     words = tl.zeros([ROWS], tl.int32)
     if HAS_EXPONENT:
         pointers = tile_pointers(
-            exponent_ptr.to(tl.pointer_type(tl.int32)), block_table_row_ptr, places, index,
-            first_position, seq_len, stride_page // 4, 1, PAGE_SIZE, BLOCK_SIZE, BLOCKS, ROWS, 4,
+            exponent_ptr.to(tl.pointer_type(tl.int32)), places, index, stride_page // 4, 1,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCKS, ROWS, 4,
         )
         words = tl.load(pointers, mask=first_position + tl.arange(0, ROWS) < seq_len, other=0)
     return words

@@ -82,10 +82,7 @@ def test_every_tuning_field_can_be_varied():
         value = getattr(DecodeTuning(), field.name)
         assert sweep.parse_tuning(f"{field.name}={value}") == {field.name: value}
     assert sweep.parse_tuning("") == {}
-    assert sweep.parse_tuning("waves=8,overlap_launches=False") == {
-        "waves": 8,
-        "overlap_launches": False,
-    }
+    assert sweep.parse_tuning("waves=8,num_warps=8") == {"waves": 8, "num_warps": 8}
     for wrong in ("wavs=8", "waves", "waves=many"):
         with pytest.raises(ValueError, match=wrong):
             sweep.parse_tuning(wrong)
