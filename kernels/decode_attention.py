@@ -126,6 +126,7 @@ def decode_attention(
         SCAN_STAGES=tuning.scan_stages,
         ATTEND_STAGES=attend_stages,
         MERGE_ROWS=rows,
+        MERGE_SLOTS=max(1, min(4, 32 // rows)),  # a warp each, as far as registers go
         MERGE_UNROLL=max(1, tuning.merge_rows // rows),
         num_warps=tuning.num_warps * (2 if rows > 32 else 1),
         maxnreg=tuning.max_registers if rows <= 16 else 255,

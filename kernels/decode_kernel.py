@@ -75,6 +75,7 @@ def decode_kernel(
     SCAN_STAGES: tl.constexpr,
     ATTEND_STAGES: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
+    MERGE_SLOTS: tl.constexpr,
     MERGE_UNROLL: tl.constexpr,
 ):
     """One program: one work item, one KV head, all query rows of its group.
@@ -221,6 +222,7 @@ def decode_kernel(
                 partial_lse_ptr + first_place * ROWS, num_items,
                 NUM_KV_HEADS * ROWS * HEAD_SIZE, NUM_KV_HEADS * ROWS,
                 output_stride_token, output_stride_head,
-                GROUP, QUERY_LEN, HEAD_SIZE, HEAD_SIZE_PADDED, MERGE_ROWS, MERGE_UNROLL,
+                GROUP, QUERY_LEN, HEAD_SIZE, HEAD_SIZE_PADDED, MERGE_ROWS, MERGE_SLOTS,
+                MERGE_UNROLL,
             )
             tl.store(arrivals_ptr, 0)  # for the next launch

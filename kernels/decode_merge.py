@@ -5,21 +5,20 @@ import triton.language as tl
 
 from .decode_query import query_rows
 
-SLOTS: tl.constexpr = tl.constexpr(4)
-"""Items that are merged side by side, each slot by a warp of its own."""
-
 
 @triton.jit
 def merge_items(
     output_ptr, partial_output_ptr, partial_lse_ptr, num_items,
     stride_item_output, stride_item_lse, output_stride_token, output_stride_head,
     GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr, MERGE_ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Writes the merged output of a request and KV head.
 
-    The pointers are those of its first item, row and token. Items are taken in order, UNROLL of
-    them a slot at a time, whichever of them came last: the result is the same from run to run.
+    The pointers are those of its first item, row and token. Items are taken in order, SLOTS side
+    by side and UNROLL of them a slot at a time, whichever of them came last: the result is the
+    same from run to run.
     """
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     rows = tl.arange(0, MERGE_ROWS)

@@ -102,7 +102,8 @@ def record(case: Case, capability: int, every_way: bool) -> list:
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
     key, value = torch.empty_like(batch.key), torch.empty_like(batch.key)
     modules["kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
-    record_projections(case, planes, modules, SHARED_MEMORY[capability])
+    if every_way or case.page_size % case.block_size:
+        record_projections(case, planes, modules, SHARED_MEMORY[capability])
     for (name, kernel), original in originals.items():
         setattr(modules[name], kernel, original)
     return launches
