@@ -38,7 +38,7 @@ class DecodeTuning:
     merge_rows: int = 16
     num_warps: int = 4
     max_registers: int = 128
-    score_bytes: int = 128 << 20
+    score_bytes: int = 256 << 20
 
 
 DEFAULT = DecodeTuning()
