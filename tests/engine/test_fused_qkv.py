@@ -96,7 +96,7 @@ def run(attention, vllm_config, slots) -> tuple[torch.Tensor, ...]:
     starts = torch.tensor([0, TOKENS], dtype=torch.int32)
     pages = torch.arange(NUM_PAGES, dtype=torch.int32)
     prefill = PrefillBatch(starts, starts, pages[None], [0, TOKENS], [TOKENS])
-    metadata = FFAFP8FP8Metadata(0, TOKENS, starts[:0], pages[:0, None], 16, None, None, prefill)
+    metadata = FFAFP8FP8Metadata(0, 1, TOKENS, starts[:0], pages[:0, None], 16, None, None, prefill)
     name = attention.attn.layer_name
     hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
     with (

@@ -57,7 +57,7 @@ def test_qwen3_on_cpu(models):
 def test_recall_on_cpu(models):
     """torch.compile, too, traces through the module's forward to the operator."""
     lengths = (512, 1000)
-    batches = recall_batches(lengths, 16)
+    batches = recall_batches(lengths, 4)
     fused, _ = run_both(batches, "auto", ANSWER, **models("recall-9m"), **CPU)
     assert fused_lines(fused)[0].startswith("LlamaAttention runs its linear layer, then one")
     options, compiled = {"preset": "exact"}, CPU | {"enforce_eager": False}
@@ -65,7 +65,7 @@ def test_recall_on_cpu(models):
     assert len(fused_lines(run)) == 1
     assert run.facts["compilation_mode"] not in (None, "NONE")
     for answers, length in zip(run.batches, lengths, strict=True):
-        check_codes(answers, questions(length, 16))
+        check_codes(answers, questions(length, 4))
 
 
 @pytest.mark.gpu
