@@ -20,9 +20,3 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     The interpreter holds bfloat16 as integers, so its arithmetic is only right in float32.
     """
     return tl.float32 if INTERPRETED else TRITON_DTYPES[dtype]
-
-
-def overlap_supported(device: torch.device) -> bool:
-    """Whether a kernel may start before the one it depends on ends (programmatic dependent
-    launch): from compute capability 9.0 on."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
