@@ -68,7 +68,8 @@ def decode_attention(
     rows = triton.next_power_of_2(group * query_len)
     residual, exponent = planes.key_residual, planes.key_exponent
     value_exponent = planes.value_exponent
-    fp8_key = planes.key.dtype == torch.float8_e4m3fn
+    # Hopper adds E4M3 products to 14 bits: enough for bfloat16, not for float16
+    fp8_products = planes.key.dtype == torch.float8_e4m3fn and query.dtype == torch.bfloat16
     fp8_value = planes.value.dtype == torch.float8_e4m3fn
     scale_log2 = scale * math.log2(math.e)
     exponent_strides = exponent.stride()[:2] if exponent is not None else (0, 0)
@@ -85,9 +86,9 @@ def decode_attention(
         "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
         "PAGE_SIZE": planes.page_size,
         "ANCHOR_TOKENS": ANCHOR_TOKENS,
-        "PARTS": (4 if query.dtype == torch.float16 else 2) if fp8_key else 1,
+        "PARTS": 2 if fp8_products else 1,
         "HAS_EXPONENT": exponent is not None,
-        "DTYPE": compute_dtype(planes.key.dtype),
+        "DTYPE": compute_dtype(planes.key.dtype if fp8_products else query.dtype),
     }
     threshold = scratch.threshold
     delta_stride = int(delta is not None and delta.shape[0] > 1)

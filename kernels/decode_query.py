@@ -40,10 +40,10 @@ def split_query(
 ):
     """The query `[HEAD_SIZE_PADDED, PARTS * ROWS_PADDED]` and the factor on its scores.
 
-    PARTS 1: the query itself, for keys of its dtype. Otherwise E4M3 parts for E4M3 keys, side by
+    PARTS 1: the query itself, for keys in its dtype. PARTS 2: E4M3 parts for E4M3 keys, side by
     side: a row is brought below 2^8 by a power of two, which the factor (float32 `[ROWS_PADDED]`,
     log2 units) takes back, and is the sum of part i / PART_SCALE^i. Two parts hold a bfloat16
-    element, three (of PARTS 4) a float16 one, without error down to 2^-14 of the row's largest.
+    element without error down to 2^-14 of the row's largest.
     """
     factor = tl.full([ROWS_PADDED], 1.0, tl.float32) * scale_log2
     if PARTS > 1:

@@ -1,7 +1,7 @@
 """Greedy tokens with and without `fused_kproj`, from engines of their own."""
 
 import pytest
-from agreement import check_codes, check_same_tokens
+from agreement import NEAR_TIE, NOISE, check_codes, check_same_tokens
 from jobs import (
     ANSWER,
     CONTINUE,
@@ -35,14 +35,16 @@ def fused_lines(run: Run) -> list[str]:
     return [line for line in lines if "Attention runs" in line]
 
 
-def run_both(batches, fused_kproj: str, sampling=CONTINUE, **llm) -> tuple[Run, Run]:
+def run_both(
+    batches, fused_kproj: str, sampling=CONTINUE, near_tie=NEAR_TIE, **llm
+) -> tuple[Run, Run]:
     fused, unfused = (
         run_ours(batches, sampling, {"preset": "exact", "fused_kproj": option}, **llm)
         for option in (fused_kproj, "off")
     )
     assert len(fused_lines(fused)) == 1  # once, not once a layer
     assert not fused_lines(unfused)
-    check_same_tokens(fused, unfused)
+    check_same_tokens(fused, unfused, near_tie)
     return fused, unfused
 
 
@@ -83,5 +85,6 @@ def test_on_gpu(models, architecture, fused_kproj):
 def test_behind_a_quantised_linear_on_gpu(models):
     batches = [[source_prompt(length, start=length) for length in (1, 64, 300)]]
     llm = GPU | {"quantization": "fp8"}
-    fused, _ = run_both(batches, "auto", **models("Qwen3"), **llm)
+    # activations in E4M3 step by 1/16: a rounding before them may become as much
+    fused, _ = run_both(batches, "auto", near_tie=NOISE, **models("Qwen3"), **llm)
     assert "runs its linear layer, since it is quantised" in fused_lines(fused)[0]
