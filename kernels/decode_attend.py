@@ -14,10 +14,23 @@ from .paged_rows import (
 
 
 @triton.jit
-def lowest_bit(bits):
-    """The place of the lowest 1 of an int32; 0 if there is none."""
+def first_kept(kept, kept_late):
+    """The first block of the bits of `scan_blocks`, and the bits without it; 0 if there is none."""
+    bits = tl.where(kept == 0, kept_late, kept)
     power = (bits & -bits).to(tl.float32)
-    return tl.maximum((power.to(tl.int32, bitcast=True) >> 23 & 255) - 127, 0)
+    block = tl.maximum((power.to(tl.int32, bitcast=True) >> 23 & 255) - 127, 0)
+    late = (kept == 0) & (kept_late != 0)
+    kept_late = tl.where(kept == 0, kept_late & (kept_late - 1), kept_late)
+    return tl.where(late, block + 64, block), kept & (kept - 1), kept_late
+
+
+@triton.jit
+def num_kept(kept, kept_late):
+    """How many blocks the bits of `scan_blocks` keep."""
+    places = tl.arange(0, 32)
+    ones = (kept >> places & 1) + (kept >> places + 32 & 1)
+    ones += (kept_late >> places & 1) + (kept_late >> places + 32 & 1)
+    return tl.sum(ones.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -41,23 +54,32 @@ def narrow(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_update(accumulator, row_max, weight_sums, scores, value, value_scales):
+def raise_reference(accumulator, weight_sums, reference, largest):
+    """Moves a running softmax to a reference of at least `largest`, `[ROWS_PADDED]`.
+
+    Weights are `exp2(score - reference)`. The reference is whole, so that moving it rounds nothing.
+    """
+    raised = tl.maximum(reference, tl.ceil(largest))
+    ROWS_PADDED: tl.constexpr = reference.shape[0]
+    factor = tl.exp2(reference - tl.where(raised == float("-inf"), 0.0, raised))
+    accumulator *= widen(factor[None, :], 1, ROWS_PADDED)
+    return accumulator, weight_sums * factor[None, :], raised
+
+
+@triton.jit
+def softmax_update(accumulator, weight_sums, reference, scores, value, value_scales):
     """Adds a tile to a running softmax; scores are log2 units, -inf where masked.
 
-    `accumulator` `[HEAD_SIZE_PADDED, ROWS_PADDED]` after `widen`, `row_max` `[ROWS_PADDED]`,
+    `accumulator` `[HEAD_SIZE_PADDED, ROWS_PADDED]` after `widen`, `reference` `[ROWS_PADDED]`,
     `weight_sums` and `scores` `[TOKENS, ROWS_PADDED]`, `value` `[HEAD_SIZE_PADDED, TOKENS]` to be
     multiplied by `value_scales` `[TOKENS]`. Sums of weights stay apart by token until the end,
-    because a sum over tokens crosses warps.
+    because a sum over tokens crosses warps; they are of the weights that V meets, rounded.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, axis=0))
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - safe_max[None, :])
-    rescale = tl.exp2(row_max - safe_max)
-    ROWS_PADDED: tl.constexpr = scores.shape[1]
-    weighted = widen(weights * value_scales[:, None], scores.shape[0], ROWS_PADDED)
-    accumulator *= widen(rescale[None, :], 1, ROWS_PADDED)
+    weights = tl.exp2(scores - tl.where(reference == float("-inf"), 0.0, reference)[None, :])
+    weights = weights.to(value.dtype).to(tl.float32)
+    weighted = widen(weights * value_scales[:, None], scores.shape[0], scores.shape[1])
     accumulator = tl.dot(value, weighted.to(value.dtype), accumulator)
-    return accumulator, new_max, weight_sums * rescale[None, :] + weights
+    return accumulator, weight_sums + weights
 
 
 @triton.jit
@@ -75,30 +97,9 @@ def load_scores(
 
 
 @triton.jit
-def load_block_exponents(
-    exponent_ptr, value_exponent_ptr, places, index, chunk_begin, seq_len,
-    exponent_stride_page, value_exponent_stride_page,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
-):
-    """Exponents of a block's keys and values, for `tile_scales`."""
-    position = (chunk_begin + index) * BLOCK_SIZE
-    key_exponents = load_tile_exponents(
-        exponent_ptr, places, index, position, seq_len, exponent_stride_page,
-        PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, BLOCK_SIZE, HAS_EXPONENT,
-    )
-    value_exponents = load_tile_exponents(
-        value_exponent_ptr, places, index, position, seq_len,
-        value_exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
-        HAS_VALUE_EXPONENT,
-    )
-    return key_exponents, value_exponents
-
-
-@triton.jit
 def attend_blocks(
-    accumulator, row_max, weight_sums,
-    query, factor, limits, kept, num_kept,
+    accumulator, weight_sums, reference,
+    query, factor, limits, kept, kept_late, num_blocks,
     chunk_begin, seq_len, places, scores_ptr,
     key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
     key_stride_page, residual_stride_page,
@@ -106,63 +107,47 @@ def attend_blocks(
     KEY_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    UNIT: tl.constexpr, CHUNK_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
-    FROM_SCORES: tl.constexpr,
+    UNIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr, FROM_SCORES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds the blocks of a chunk whose bits are set in `kept` to a running softmax.
+    """Adds the blocks of a chunk that are `kept` (of `scan_blocks`) to a running softmax.
 
-    FROM_SCORES: the scan's scores stand for the dot with the base, and the base is not read;
-    otherwise the blocks are the first `num_kept` ones. See `scan_blocks` for the arguments and
-    `online_softmax_update` for the state, which is returned.
+    FROM_SCORES: the scan's scores stand for the dot with the base, which is not read again;
+    `reference` is at least their maximum, beyond which the residual moves none by much. Otherwise
+    the blocks are the first `num_blocks` ones. See `scan_blocks` for the arguments and
+    `softmax_update` for the state, which is returned.
     """
     tokens = tl.arange(0, BLOCK_SIZE)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
-    # The next block's exponents and scores are carried to its iteration, because their loads are
-    # too narrow to be pipelined.
-    remaining = kept
-    index = 0
-    if FROM_SCORES:
-        index = lowest_bit(remaining)
-        base_scores = load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
-    key_exponents, value_exponents = load_block_exponents(
-        exponent_ptr, value_exponent_ptr, places, index, chunk_begin, seq_len,
-        exponent_stride_page, value_exponent_stride_page,
-        PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
-    )
-    for rank in tl.range(0, num_kept, num_stages=STAGES):
+    for rank in tl.range(0, num_blocks, num_stages=STAGES):
+        index = rank
         if FROM_SCORES:
-            index = lowest_bit(remaining)
-            remaining &= remaining - 1
-            next_index = lowest_bit(remaining)
-            next_base_scores = load_scores(
-                scores_ptr, next_index, ROWS, ROWS_PADDED, BLOCK_SIZE
-            )
-        else:
-            index = rank
-            next_index = rank + 1
+            index, kept, kept_late = first_kept(kept, kept_late)
         position = (chunk_begin + index) * BLOCK_SIZE
         positions = position + tokens
         value = load_columns(
             tile_pointers(
-                value_ptr, places, index, value_stride_page, VALUE_STRIDE, PAGE_SIZE, BLOCK_SIZE,
-                UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
+                value_ptr, places, index, tokens, value_stride_page, VALUE_STRIDE, PAGE_SIZE,
+                BLOCK_SIZE, UNIT, BLOCK_SIZE,
             ),
             columns, positions < seq_len, HEAD_SIZE,
         ).to(VALUE_DTYPE)
-        next_key_exponents, next_value_exponents = load_block_exponents(
-            exponent_ptr, value_exponent_ptr, places, next_index, chunk_begin,
-            seq_len, exponent_stride_page, value_exponent_stride_page,
-            PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+        value_exponents = load_tile_exponents(
+            value_exponent_ptr, places, index, tokens, position, seq_len,
+            value_exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_VALUE_EXPONENT,
+        )
+        key_exponents = load_tile_exponents(
+            exponent_ptr, places, index, tokens, position, seq_len, exponent_stride_page,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_EXPONENT,
         )
         scores = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
         if not FROM_SCORES:
             key = load_rows(
                 tile_pointers(
-                    key_ptr, places, index, key_stride_page, KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE,
-                    UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
+                    key_ptr, places, index, tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
+                    BLOCK_SIZE, UNIT, BLOCK_SIZE,
                 ),
                 columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
@@ -170,23 +155,24 @@ def attend_blocks(
         if HAS_RESIDUAL:
             residual = load_rows(
                 tile_pointers(
-                    residual_ptr, places, index, residual_stride_page, RESIDUAL_STRIDE,
-                    PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, BLOCK_SIZE,
+                    residual_ptr, places, index, tokens, residual_stride_page, RESIDUAL_STRIDE,
+                    PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE,
                 ),
                 columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
             scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
-        key_scales = tile_scales(key_exponents, BLOCK_SIZE, HAS_EXPONENT)
+        key_scales = tile_scales(key_exponents, tokens, HAS_EXPONENT)
         if (not FROM_SCORES) or HAS_RESIDUAL:
             scores = scores * factor[None, :] * key_scales[:, None]
         if FROM_SCORES:
-            scores += base_scores
-            base_scores = next_base_scores
+            scores += load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
         scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
-        accumulator, row_max, weight_sums = online_softmax_update(
-            accumulator, row_max, weight_sums, scores, value,
-            tile_scales(value_exponents, BLOCK_SIZE, HAS_VALUE_EXPONENT),
+        if not FROM_SCORES:
+            accumulator, weight_sums, reference = raise_reference(
+                accumulator, weight_sums, reference, tl.max(scores, axis=0)
+            )
+        accumulator, weight_sums = softmax_update(
+            accumulator, weight_sums, reference, scores, value,
+            tile_scales(value_exponents, tokens, HAS_VALUE_EXPONENT),
         )
-        key_exponents = next_key_exponents
-        value_exponents = next_value_exponents
-    return accumulator, row_max, weight_sums
+    return accumulator, weight_sums, reference

@@ -75,6 +75,9 @@ def decode_attention(
     exponent_strides = exponent.stride()[:2] if exponent is not None else (0, 0)
     block_size = limits.block_size
     unit = math.gcd(planes.page_size, block_size)
+    tile_blocks = limits.tile_blocks(num_reqs)
+    if query.dtype == torch.float16 and planes.key.dtype != query.dtype:
+        tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
         "KEY_STRIDE": planes.key.stride(2),
@@ -100,7 +103,7 @@ def decode_attention(
             delta_stride, query.stride(0), query.stride(1), block_table.stride(0),
             *planes.key.stride()[:2], *exponent_strides, num_warps=4, **common,
         )
-    decode_kernel[(plan.num_items, num_kv_heads)](
+    decode_kernel[(num_kv_heads, plan.num_items)](
         output, scratch.partial_output, scratch.partial_lse, scratch.scores, plan.arrivals,
         counters, query, planes.key, residual, exponent, planes.value, value_exponent, block_table,
         plan.work, threshold, delta, scale_log2, min_context, delta_stride,
@@ -113,9 +116,9 @@ def decode_attention(
         VALUE_STRIDE=planes.value.stride(2),
         BLOCK_SIZE=block_size,
         UNIT=unit,
-        # a warp holds the places of a chunk, an element a thread
-        CHUNK_BLOCKS=max(limits.tile_blocks, min(limits.chunk_blocks, 32 * unit // block_size)),
-        TILE_BLOCKS=limits.tile_blocks,
+        # a warp holds the places of a chunk, up to four elements a thread
+        CHUNK_BLOCKS=max(tile_blocks, min(limits.chunk_blocks(num_reqs), 128 * unit // block_size)),
+        TILE_BLOCKS=tile_blocks,
         WHOLE_PAGES=planes.whole_pages,
         PRUNE=delta is not None,
         HAS_THRESHOLD=precomputed_threshold is not False,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decode_attend import attend_blocks, narrow
+from .decode_attend import attend_blocks, narrow, num_kept, raise_reference
 from .decode_merge import merge_items
 from .decode_query import load_query, query_rows, split_query
 from .decode_scan import anchor_threshold, load_anchors, scan_blocks
@@ -83,8 +83,8 @@ def decode_kernel(
     Goes through the item chunk by chunk: scans it, then attends to what it keeps. The program of
     a request and KV head that ends last merges the partial results of all of them.
     """
-    item = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
     request = tl.load(work_ptr + item * 4)
     index = tl.load(work_ptr + item * 4 + 1)
     num_items = tl.load(work_ptr + item * 4 + 2)
@@ -150,8 +150,8 @@ def decode_kernel(
         threshold = tl.where(row_exists, threshold, float("inf"))
 
     accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
-    row_max = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
     weight_sums = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
+    reference = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
     total_kept = 0
     for chunk_begin in range(block_begin, block_end, CHUNK_BLOCKS):
         chunk_end = tl.minimum(chunk_begin + CHUNK_BLOCKS, block_end)
@@ -159,10 +159,11 @@ def decode_kernel(
             block_table_row_ptr, chunk_begin + CHUNK_BLOCKS, end_position, PAGE_SIZE, BLOCK_SIZE,
             UNIT, CHUNK_BLOCKS,
         )
-        kept = tl.zeros([], tl.int32)
-        num_kept = chunk_end - chunk_begin
+        kept = tl.zeros([], tl.int64)
+        kept_late = kept
+        num_attended = chunk_end - chunk_begin
         if PRUNE:
-            kept = scan_blocks(
+            kept, kept_late, largest = scan_blocks(
                 query, factor, limits, threshold,
                 chunk_begin, chunk_end, seq_len, newest_block, places,
                 scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
@@ -170,21 +171,24 @@ def decode_kernel(
                 BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT,
                 DTYPE, SCAN_STAGES,
             )
-            num_kept = tl.sum(kept >> tl.arange(0, CHUNK_BLOCKS) & 1, axis=0)
+            accumulator, weight_sums, reference = raise_reference(
+                accumulator, weight_sums, reference, largest
+            )
+            num_attended = num_kept(kept, kept_late)
             tl.debug_barrier()  # scores are written by some threads, read by others
-        accumulator, row_max, weight_sums = attend_blocks(
-            accumulator, row_max, weight_sums,
-            query, factor, limits, kept, num_kept,
+        accumulator, weight_sums, reference = attend_blocks(
+            accumulator, weight_sums, reference,
+            query, factor, limits, kept, kept_late, num_attended,
             chunk_begin, seq_len, places, scores_ptr,
             key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
             key_stride_page, residual_stride_page, exponent_stride_page, value_stride_page,
             value_exponent_stride_page,
             KEY_STRIDE, RESIDUAL_STRIDE, VALUE_STRIDE,
             ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE, UNIT,
-            CHUNK_BLOCKS, WHOLE_PAGES, PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+            WHOLE_PAGES, PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
             RESIDUAL_SCALE, DTYPE, VALUE_DTYPE, ATTEND_STAGES,
         )
-        total_kept += num_kept
+        total_kept += num_attended
         places = next_places
         if PRUNE:
             tl.debug_barrier()  # before the next chunk's scores take their place
@@ -210,7 +214,8 @@ def decode_kernel(
             result,
             mask=mask,
         )
-        tl.store(partial_lse_ptr + place * ROWS + rows, row_max + tl.log2(row_sum), mask=row_exists)
+        lse = reference + tl.log2(row_sum)
+        tl.store(partial_lse_ptr + place * ROWS + rows, lse, mask=row_exists)
         tl.debug_barrier()  # all threads' results are written before one of them says so
         arrivals_ptr += request * NUM_KV_HEADS + kv_head
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")

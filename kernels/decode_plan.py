@@ -111,18 +111,25 @@ class DecodeLimits:
             return max(1, min(-(-blocks // INVARIANT_BLOCKS), INVARIANT_ITEMS))
         return self.max_items
 
-    @property
-    def chunk_blocks(self) -> int:
-        """Blocks that a program scans before it attends to those it keeps, a power of two."""
-        tuning = self.tuning_of(self.num_reqs)
-        block_bytes = self.query_len * self.num_heads * self.block_size * torch.float32.itemsize
-        most = tuning.score_bytes // (block_bytes * self.max_items)
-        return max(self.tile_blocks, min(tuning.chunk_blocks, 1 << most.bit_length() >> 1))
-
-    @property
-    def tile_blocks(self) -> int:
+    def tile_blocks(self, num_reqs: int) -> int:
         """Blocks of one step of the scan."""
-        return max(1, self.tuning_of(self.num_reqs).scan_tokens // self.block_size)
+        rows = triton.next_power_of_2(self.query_len * self.num_heads // self.num_kv_heads)
+        tokens = self.tuning_of(num_reqs).scan_tokens * 8 // max(8, rows)
+        return max(1, tokens // self.block_size)
+
+    def chunk_blocks(self, num_reqs: int) -> int:
+        """Blocks that a program scans before it attends to those it keeps, a power of two."""
+        tuning, tile_blocks = self.tuning_of(num_reqs), self.tile_blocks(num_reqs)
+        num_reqs = self.num_reqs if self.batch_invariant else num_reqs
+        block_bytes = self.query_len * self.num_heads * self.block_size * torch.float32.itemsize
+        fit = tuning.score_bytes // (block_bytes * self.num_items(num_reqs))
+        return max(tile_blocks, min(tuning.chunk_blocks, 1 << fit.bit_length() >> 1))
+
+    @cached_property
+    def num_scores(self) -> int:
+        """The most scores that the programs of a batch hand on."""
+        blocks = (self.num_items(n) * self.chunk_blocks(n) for n in range(1, self.num_reqs + 1))
+        return max(blocks) * self.block_size * self.query_len * self.num_heads
 
     @property
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -131,7 +138,7 @@ class DecodeLimits:
         return (
             ((*rows, self.head_size), torch.float32),
             (rows, torch.float32),
-            ((*rows, self.chunk_blocks * self.block_size), torch.float32),
+            ((self.num_scores,), torch.float32),
             ((self.num_reqs * self.query_len, self.num_heads), torch.float32),
         )
 

@@ -87,57 +87,64 @@ def scan_blocks(
     `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
 
     Writes the scores of kept blocks, log2 units, to `scores[block - chunk_begin, token, row]`.
-    Returns the kept blocks as bits of an int32, bit i for block `chunk_begin + i`.
+    Returns which blocks are kept, as the bits of two int64, bit i of the first for block
+    `chunk_begin + i`, and the largest score of every row, float32 `[ROWS_PADDED]`.
     """
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
+    RUNS: tl.constexpr = BLOCK_SIZE // 16
+    # Rows of a tile: 16 tokens of each block in turn. A warp gets 16 of 64 rows of a product, so
+    # that with four blocks each has one of its own, and finds by itself whether to keep it.
+    tile_rows = tl.arange(0, TILE)
+    row_blocks = tile_rows // 16 % TILE_BLOCKS
+    tile_tokens = row_blocks * BLOCK_SIZE + tile_rows // (16 * TILE_BLOCKS) * 16 + tile_rows % 16
     tile_blocks = tl.arange(0, TILE_BLOCKS)
-    tile_tokens = tl.arange(0, TILE)
     rows = tl.arange(0, ROWS_PADDED)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
-    # exponents are carried to the next iteration, because their loads are too narrow to be
-    # pipelined
-    position = chunk_begin * BLOCK_SIZE
-    exponents = load_tile_exponents(
-        exponent_ptr, places, 0, position, seq_len, exponent_stride_page,
-        PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE, HAS_EXPONENT,
-    )
-    kept = tl.zeros([], tl.int32)
+    kept = tl.zeros([TILE_BLOCKS], tl.int64)
+    kept_late = tl.zeros([TILE_BLOCKS], tl.int64)
+    largest = tl.full([TILE, ROWS_PADDED], float("-inf"), tl.float32)
     num_blocks = chunk_end - chunk_begin
+    seen_by_all = tl.minimum(seq_len - QUERY_LEN + 1, chunk_end * BLOCK_SIZE)
     threshold /= factor  # of scores without it
     for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=STAGES):
         position = (chunk_begin + index) * BLOCK_SIZE
+        exponents = load_tile_exponents(
+            exponent_ptr, places, index, tile_tokens, position, seq_len, exponent_stride_page,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, TILE, HAS_EXPONENT,
+        )
         key = load_rows(
             tile_pointers(
-                key_ptr, places, index, key_stride_page, KEY_STRIDE, PAGE_SIZE, BLOCK_SIZE, UNIT,
-                CHUNK_BLOCKS, TILE,
+                key_ptr, places, index, tile_tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
+                BLOCK_SIZE, UNIT, TILE,
             ),
             columns, position + tile_tokens < seq_len, not WHOLE_PAGES, HEAD_SIZE,
             HEAD_SIZE_PADDED,
         ).to(DTYPE)
         scores = dot_query(key, query, PARTS, ROWS_PADDED)
-        scores *= tile_scales(exponents, TILE, HAS_EXPONENT)[:, None]
-        exponents = load_tile_exponents(
-            exponent_ptr, places, index + TILE_BLOCKS, position + TILE, seq_len,
-            exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE, HAS_EXPONENT,
-        )
-        if position + TILE > seq_len - QUERY_LEN + 1:  # not all rows see all of it
-            seen = (position + tile_tokens)[:, None] < limits[None, :]
+        scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
+        if position + TILE > seen_by_all:
+            positions = (position + tile_tokens)[:, None]
+            seen = (positions < limits[None, :]) & (positions < chunk_end * BLOCK_SIZE)
             scores = tl.where(seen, scores, float("-inf"))
+        largest = tl.maximum(largest, scores)
         above = (scores >= threshold[None, :]).to(tl.int32)
-        above = tl.max(tl.reshape(above, (TILE_BLOCKS, BLOCK_SIZE * ROWS_PADDED)), axis=1)
+        above = tl.max(tl.reshape(above, (RUNS, TILE_BLOCKS, 16 * ROWS_PADDED)), axis=2)
+        above = tl.max(above, axis=0)
         above = tl.where(chunk_begin + index + tile_blocks >= newest_block, 1, above)
         keep = tl.where(index + tile_blocks < num_blocks, above, 0)
-        bits = tl.sum(keep << (index + tile_blocks), axis=0)
-        kept |= bits
-        if bits != 0:
-            tokens = index * BLOCK_SIZE + tile_tokens
-            keep_rows = ((bits >> (tokens // BLOCK_SIZE)) & 1) != 0
-            tl.store(
-                scores_ptr + tokens[:, None] * ROWS + rows[None, :],
-                scores * factor[None, :],
-                mask=keep_rows[:, None] & (rows < ROWS)[None, :],
-            )
-    return kept
+        bits = keep.to(tl.int64) << (index + tile_blocks) % 64
+        if index < 64:
+            kept |= bits
+        else:
+            kept_late |= bits
+        keep = tl.broadcast_to(keep[None, :, None], (RUNS, TILE_BLOCKS, 16))
+        tokens = index * BLOCK_SIZE + tile_tokens
+        tl.store(
+            scores_ptr + tokens[:, None] * ROWS + rows[None, :],
+            scores * factor[None, :],
+            mask=(tl.reshape(keep, (TILE,)) != 0)[:, None] & (rows < ROWS)[None, :],
+        )
+    return tl.sum(kept, axis=0), tl.sum(kept_late, axis=0), tl.max(largest, axis=0) * factor
 
 
 @triton.jit

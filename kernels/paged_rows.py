@@ -25,46 +25,67 @@ def token_pointers(
 
 
 @triton.jit
+def _load_run_places(
+    block_table_row_ptr, first, end_position,
+    PER_PAGE: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr,
+):
+    runs = first + tl.arange(0, RUNS)
+    pages = tl.load(
+        block_table_row_ptr + runs // PER_PAGE, mask=runs * UNIT < end_position, other=0
+    )
+    return pages * PER_PAGE + runs % PER_PAGE
+
+
+@triton.jit
 def load_places(
     block_table_row_ptr, first_block, end_position,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    """Where BLOCKS blocks from `first_block` on lie, int32 `[BLOCKS * BLOCK_SIZE / UNIT]`: of each
-    run of UNIT tokens `page * runs a page + place in it`; 0 from `end_position` on.
+    """Where BLOCKS blocks from `first_block` on lie, for `pick`: of each run of UNIT tokens
+    `page * runs a page + place in it`; 0 from `end_position` on.
 
     UNIT, the greatest common divisor of page and block, is what lies together. Kernels hold the
     places of what they are about to read, since a load whose address waits for another load of
-    the same iteration is not pipelined.
+    the same iteration is not pipelined. They come as a tuple of tensors of at most 32, because
+    every warp can hold such a tensor, an element a thread.
     """
     PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
-    PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
-    units = first_block * PER_BLOCK + tl.arange(0, BLOCKS * PER_BLOCK)
-    pages = tl.load(
-        block_table_row_ptr + units // PER_PAGE, mask=units * UNIT < end_position, other=0
-    )
-    return pages * PER_PAGE + units % PER_PAGE
+    RUNS: tl.constexpr = BLOCKS * BLOCK_SIZE // UNIT
+    SIZE: tl.constexpr = min(RUNS, 32)
+    row, first, end = block_table_row_ptr, first_block * (BLOCK_SIZE // UNIT), end_position
+    places = (_load_run_places(row, first, end, PER_PAGE, UNIT, SIZE),)
+    if RUNS >= 64:
+        places += (_load_run_places(row, first + 32, end, PER_PAGE, UNIT, SIZE),)
+    if RUNS >= 128:
+        places += (_load_run_places(row, first + 64, end, PER_PAGE, UNIT, SIZE),)
+        places += (_load_run_places(row, first + 96, end, PER_PAGE, UNIT, SIZE),)
+    return places
 
 
 @triton.jit
-def pick(values, index, SIZE: tl.constexpr):
-    """`values[index]` of an int32 tensor `[SIZE]`, none negative; 0 for an index outside."""
-    return tl.max(tl.where(tl.arange(0, SIZE) == index, values, 0), axis=0)
+def pick(places, index):
+    """Element `index` of `load_places`; 0 for an index outside."""
+    indices = tl.arange(0, places[0].shape[0])
+    chosen = tl.where(indices == index, places[0], 0)
+    for part in tl.static_range(1, len(places)):
+        chosen = tl.where(indices + part * 32 == index, places[part], chosen)
+    return tl.max(chosen, axis=0)
 
 
 @triton.jit
 def tile_pointers(
-    plane_ptr, places, index, stride_page, STRIDE_TOKEN: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    plane_ptr, places, index, tokens, stride_page, STRIDE_TOKEN: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, PACKED: tl.constexpr = 1,
 ):
-    """Pointers `[ROWS]` to the rows of whole blocks, from block `index` of `places` on (see
-    `load_places`). PACKED tokens share an element of the plane."""
+    """Pointers to the rows of `tokens`, int32 `[ROWS]`: all of ROWS tokens, in any order, counted
+    from block `index` of `places` on (see `load_places`). PACKED tokens share an element of the
+    plane."""
     PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
     PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
-    tokens = tl.arange(0, ROWS)
     pointers = plane_ptr + tokens * 0
     for unit in tl.static_range(ROWS // UNIT):
-        place = pick(places, index * PER_BLOCK + unit, BLOCKS * PER_BLOCK)
+        place = pick(places, index * PER_BLOCK + unit)
         unit_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
         unit_ptr += place % PER_PAGE * (UNIT // PACKED * STRIDE_TOKEN)
         pointers = tl.where(tokens // UNIT == unit, unit_ptr, pointers)
@@ -107,8 +128,8 @@ def load_scales(pointers, valid):
 
 @triton.jit
 def load_tile_exponents(
-    exponent_ptr, places, index, first_position, seq_len, stride_page,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    exponent_ptr, places, index, tokens, first_position, seq_len, stride_page,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
 ):
     """Exponents of the tile at `tile_pointers`, for `tile_scales`: of each row the four bytes
@@ -120,17 +141,17 @@ def load_tile_exponents(
     words = tl.zeros([ROWS], tl.int32)
     if HAS_EXPONENT:
         pointers = tile_pointers(
-            exponent_ptr.to(tl.pointer_type(tl.int32)), places, index, stride_page // 4, 1,
-            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCKS, ROWS, 4,
+            exponent_ptr.to(tl.pointer_type(tl.int32)), places, index, tokens, stride_page // 4, 1,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, ROWS, 4,
         )
-        words = tl.load(pointers, mask=first_position + tl.arange(0, ROWS) < seq_len, other=0)
+        words = tl.load(pointers, mask=first_position + tokens < seq_len, other=0)
     return words
 
 
 @triton.jit
-def tile_scales(words, ROWS: tl.constexpr, HAS_EXPONENT: tl.constexpr):
+def tile_scales(words, tokens, HAS_EXPONENT: tl.constexpr):
     """The powers of two that a tile's rows are stored without, float32 `[ROWS]`."""
-    scales = tl.full([ROWS], 1.0, tl.float32)
+    scales = tl.full(tokens.shape, 1.0, tl.float32)
     if HAS_EXPONENT:
-        scales = exponent_to_scale(words >> tl.arange(0, ROWS) % 4 * 8 & 255)
+        scales = exponent_to_scale(words >> tokens % 4 * 8 & 255)
     return scales

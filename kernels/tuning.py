@@ -15,8 +15,9 @@ class DecodeTuning:
         waves: how many times in a row, at most, the GPU is filled with work items, for balance.
         min_blocks: work items have at least so many blocks.
         item_overhead: blocks that could be read in the time that an item costs beside its blocks.
-        chunk_blocks: blocks that a program scans before it attends to those it keeps; at most 32.
-        scan_tokens: tokens of one step of the scan.
+        chunk_blocks: blocks that a program scans before it attends to those it keeps; a power of
+            two, at most 128.
+        scan_tokens: tokens of one step of the scan, for up to 8 query rows a KV head.
         scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
             that starts from its scores, and of the one that reads the base.
         merge_rows: query rows of partial results that a warp asks for at a time in the merge.
@@ -25,35 +26,27 @@ class DecodeTuning:
         score_bytes: about the most memory for scores that the scan hands on.
     """
 
-    programs_per_processor: int = 4
-    dense_programs_per_processor: int = 3
-    waves: int = 2
+    programs_per_processor: int = 2
+    dense_programs_per_processor: int = 2
+    waves: int = 1
     min_blocks: int = 4
     item_overhead: int = 6
-    chunk_blocks: int = 32
-    scan_tokens: int = 64
-    scan_stages: int = 4
-    attend_stages: int = 2
-    dense_stages: int = 2
+    chunk_blocks: int = 128
+    scan_tokens: int = 256
+    scan_stages: int = 3
+    attend_stages: int = 3
+    dense_stages: int = 3
     merge_rows: int = 16
     num_warps: int = 4
-    max_registers: int = 128
+    max_registers: int = 255
     score_bytes: int = 256 << 20
 
 
 DEFAULT = DecodeTuning()
 """For batches that fill the GPU, and for GPUs that nobody has measured."""
 
-FEW = DecodeTuning(
-    programs_per_processor=2,
-    dense_programs_per_processor=2,
-    waves=1,
-    min_blocks=2,
-    attend_stages=3,
-    dense_stages=3,
-    max_registers=168,
-)
-"""For batches that do not: memory's latency is what counts, so more of it is asked for at once."""
+FEW = DecodeTuning(dense_programs_per_processor=1, min_blocks=2, scan_tokens=128)
+"""For batches that do not: latency counts there, and smaller steps of the scan start sooner."""
 
 TUNINGS: dict[tuple[int, int], tuple[tuple[int | None, DecodeTuning], ...]] = {
     (9, 0): ((2, FEW), (None, DEFAULT)),  # measured on an H200
@@ -96,17 +89,21 @@ def decode_tuning(
     classes = TUNINGS.get(capability, ((None, DEFAULT),))
     tuning = next(t for most, t in classes if most is None or num_reqs <= most)
     padded = 1 << (head_size - 1).bit_length()
-    scan_tokens = tuning.scan_tokens * max(1, HEAD_SIZE // padded)
+    scan_tokens = tuning.scan_tokens * HEAD_SIZE // (max(padded, HEAD_SIZE) * key_bytes)
     scan_tile = max(scan_tokens, block_size) * padded * key_bytes
     residual_bytes = 1 if key_bytes == 1 else 0
     attend_tile = block_size * padded * (residual_bytes + value_bytes)
     dense_tile = attend_tile + block_size * padded * key_bytes
+    tuned_block = BLOCK_SIZE * HEAD_SIZE
+    scan_bytes = tuning.scan_stages * tuning.scan_tokens * HEAD_SIZE
+    attend_bytes = tuning.attend_stages * tuned_block * 3
+    dense_bytes = tuning.dense_stages * tuned_block * 4
     tuning = replace(
         tuning,
         scan_tokens=scan_tokens,
-        scan_stages=_stages(tuning.scan_stages, scan_tile, 1, shared_memory),
-        attend_stages=_stages(tuning.attend_stages, attend_tile, 3, shared_memory),
-        dense_stages=_stages(tuning.dense_stages, dense_tile, 4, shared_memory),
+        scan_stages=_stages(scan_bytes, scan_tile, shared_memory),
+        attend_stages=_stages(attend_bytes, attend_tile, shared_memory),
+        dense_stages=_stages(dense_bytes, dense_tile, shared_memory),
     )
     pruned = max(tuning.scan_stages * scan_tile, tuning.attend_stages * attend_tile)
     dense = tuning.dense_stages * dense_tile
@@ -121,11 +118,10 @@ def decode_tuning(
     )
 
 
-def _stages(tuned: int, tile: int, tuned_bytes: int, shared_memory: int) -> int:
-    """As many bytes in flight as in the table, whose tiles have `tuned_bytes` an element."""
-    wanted = tuned * BLOCK_SIZE * HEAD_SIZE * tuned_bytes // tile
-    deeper = range(min(max(wanted, tuned), MAX_STAGES), 1, -1)
-    return next((n for n in deeper if n * tile + SCRATCH_BYTES <= shared_memory), 1)
+def _stages(tuned_bytes: int, tile: int, shared_memory: int) -> int:
+    """As many bytes in flight as in the table, two stages at least where they fit."""
+    deepest = min(max(tuned_bytes // tile, 2), MAX_STAGES)
+    return next((n for n in range(deepest, 1, -1) if n * tile + SCRATCH_BYTES <= shared_memory), 1)
 
 
 def _programs_that_fit(pipelines: int, shared_memory: int) -> int:

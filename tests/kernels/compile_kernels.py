@@ -139,7 +139,7 @@ def cases(capability: int) -> list[Case]:
         Case(head_size=128, **keys),
         Case(head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32, **keys),
         Case(head_size=256, num_kv_heads=1, page_size=128, block_size=128, **keys),  # most memory
-        Case(head_size=64, dtype=torch.float16, block_size=16, query_len=8, **keys),
+        Case(head_size=128, dtype=torch.float16, block_size=16, query_len=8, **keys),
         Case(head_size=80, group=8, fp8_value=fp8, query_len=8, **keys),
         Case(head_size=256, group=8, num_kv_heads=1, query_len=8, **keys),
     ]

@@ -197,7 +197,7 @@ def test_items_of_many_chunks(device, chunk_blocks):
         DEFAULT, chunk_blocks=chunk_blocks, scan_tokens=16, min_blocks=100, waves=1
     )
     limits = dataclasses.replace(case.limits(1), tuning=tuning)
-    assert limits.chunk_blocks == chunk_blocks
+    assert limits.chunk_blocks(2) == chunk_blocks
     batch = make_batch(case)
     plan = DecodePlan.allocate(limits, torch.device(device)).update(batch.seq_lens.to(device))
     assert plan.work[:2, 2].tolist() == [1, 1]  # an item a request

@@ -74,7 +74,7 @@ def test_every_block_is_covered_once(device, limits, lengths):
 def test_waves_are_full(device, num_reqs, length, prunes):
     """Items are as many as run at a time, or a small multiple of it, less a few."""
     limits = dataclasses.replace(LIMITS[0], num_reqs=64, prunes=prunes, block_size=64)
-    lengths = [length - 37 * request for request in range(num_reqs)]
+    lengths = [length - 7 * request for request in range(num_reqs)]
     sizes = sizes_of(items_of(plan_of(limits, lengths, device), num_reqs), limits.block_size)
     slots = limits.slots(num_reqs)
     waves = -(-len(sizes) // slots)

@@ -22,11 +22,15 @@ def test_an_unknown_gpu_has_the_default():
     assert decode_tuning(1, 128, 64, capability=(12, 7)) == DEFAULT
 
 
-def test_smaller_tiles_have_deeper_pipelines():
-    """About as many bytes in flight: FP8 values, small heads."""
-    assert decode_tuning(64, 128, 64, value_bytes=1).attend_stages == 3
+def test_pipelines_have_about_as_many_bytes_in_flight():
+    """FP8 values, small heads, large heads."""
+    assert decode_tuning(64, 128, 64, value_bytes=1).attend_stages == 4
     small = decode_tuning(64, 64, 64)
-    assert (small.scan_tokens, small.scan_stages, small.attend_stages) == (128, 4, 4)
+    assert (small.scan_tokens, small.scan_stages, small.attend_stages) == (256, 6, 6)
+    large = decode_tuning(64, 256, 64)
+    assert (large.scan_tokens, large.scan_stages, large.attend_stages) == (128, 3, 2)
+    wide = decode_tuning(64, 128, 64, key_bytes=2)
+    assert (wide.scan_tokens, wide.scan_stages) == (128, 3)
 
 
 @pytest.mark.parametrize("capability", TUNINGS)
@@ -54,8 +58,8 @@ def test_pipelines_fit(head_size, block_size, shared_memory, num_reqs):
 
 def test_a_small_gpu_takes_what_fits():
     tuning = decode_tuning(64, 256, 64, shared_memory=ADA_SHARED_MEMORY)
-    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (4, 1, 1)
+    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (2, 1, 1)
     assert tuning.programs_per_processor == 1
     tuning = decode_tuning(64, 128, 64, shared_memory=ADA_SHARED_MEMORY)
-    assert (tuning.attend_stages, tuning.dense_stages) == (2, 2)
+    assert (tuning.scan_stages, tuning.attend_stages, tuning.dense_stages) == (2, 3, 2)
     assert tuning.programs_per_processor == 1
