@@ -205,6 +205,23 @@ def test_items_of_many_chunks(device, chunk_blocks):
     check(batch, device, None, limits=limits)
 
 
+@pytest.mark.parametrize("page_size", [16, 48, 64])
+def test_chunks_of_many_blocks(device, page_size):
+    """More blocks than one word has bits, and than one tensor of places holds."""
+    case = Case((2300,), num_kv_heads=1, page_size=page_size, block_size=16)
+    tuning = dataclasses.replace(DEFAULT, min_blocks=200)
+    limits = dataclasses.replace(case.limits(1), tuning=tuning)
+    assert limits.chunk_blocks(1) == 128
+    batch = make_batch(case)
+    plan = DecodePlan.allocate(limits, torch.device(device)).update(batch.seq_lens.to(device))
+    assert plan.work[0, 2] == 1
+    delta = choose_delta(batch)
+    check(batch, device, delta, limits=limits)
+    kept = probe_kept(batch, device, delta, limits=limits)
+    assert_kept(batch, kept, delta)
+    assert all(part.any() and not part.all() for part in kept[0][0].split(32))
+
+
 def test_decisions_of_a_plain_delta(device):
     """A delta that was not picked for its gaps: decisions differ within rounding only."""
     batch = make_batch(longer(Case((300, 400), block_size=16, num_kv_heads=1), device))
