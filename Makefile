@@ -44,7 +44,7 @@ bench-serving: $(READY)
 	@$(BIN)/ffa-fp8fp8 bench-serving $(ARGS)
 
 bench-kproj: $(READY)
-	@$(BIN)/python -m vllm_ffa_fp8fp8.bench_kproj $(ARGS)
+	@$(BIN)/ffa-fp8fp8 bench-kproj $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -182,3 +182,12 @@ def test_engine_failure_is_told_and_logged(tmp_path):
     with pytest.raises(RuntimeError, match="KeyError: 'llm'"):
         list(run_engine({}, str(log)))
     assert "Traceback" in log.read_text()
+
+
+def test_bench_kproj_needs_a_gpu_with_fp8(monkeypatch, capsys):
+    pretend(monkeypatch, None)
+    assert cli.main(["bench-kproj"]) == 1
+    assert "this machine has none" in capsys.readouterr().out
+    pretend(monkeypatch, AMPERE)
+    assert cli.main(["bench-kproj", "--batches", "1"]) == 1
+    assert "NVIDIA A100 has no FP8" in capsys.readouterr().out

@@ -43,6 +43,9 @@ MODELS = {
     },
 }
 
+PROJECTIONS = {"8b": (4096, 32, 8), "70b": (8192, 64, 8)}
+"""Llama's QKV projections: hidden size, query heads, KV heads; heads of 128."""
+
 
 def write_model(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """Writes a `config.json`, with `changes` to it, and returns what it says."""
