@@ -26,3 +26,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+class ShowFailuresAtOnce:
+    """GPU time can run out before the summary."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line(f"\n{report.nodeid}\n{report.longreprtext[-6000:]}", flush=True)
+
+
+def pytest_configure(config):
+    if "gpu" in config.option.markexpr and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ShowFailuresAtOnce(config))
