@@ -91,7 +91,7 @@ def load_scores(
     rows = tl.arange(0, ROWS_PADDED)
     return tl.load(
         scores_ptr + tokens[:, None] * ROWS + rows[None, :],
-        mask=(rows < ROWS)[None, :] & (tokens >= 0)[:, None],
+        mask=(rows < ROWS)[None, :],
         other=0.0,
     )
 

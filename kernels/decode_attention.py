@@ -68,15 +68,16 @@ def decode_attention(
     rows = triton.next_power_of_2(group * query_len)
     residual, exponent = planes.key_residual, planes.key_exponent
     value_exponent = planes.value_exponent
+    fp8_key = planes.key.dtype == torch.float8_e4m3fn
     # Hopper adds E4M3 products to 14 bits: enough for bfloat16, not for float16
-    fp8_products = planes.key.dtype == torch.float8_e4m3fn and query.dtype == torch.bfloat16
+    fp8_products = fp8_key and query.dtype == torch.bfloat16
     fp8_value = planes.value.dtype == torch.float8_e4m3fn
     scale_log2 = scale * math.log2(math.e)
     exponent_strides = exponent.stride()[:2] if exponent is not None else (0, 0)
     block_size = limits.block_size
     unit = math.gcd(planes.page_size, block_size)
     tile_blocks = limits.tile_blocks(num_reqs)
-    if query.dtype == torch.float16 and planes.key.dtype != query.dtype:
+    if fp8_key and not fp8_products:
         tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {

@@ -1,7 +1,7 @@
 """Cuts a decode batch into work items of equal size, on the device, once a step for all layers."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,10 +98,10 @@ class DecodeLimits:
             return num_reqs * self.max_request_items
         return num_reqs + self.slots(num_reqs) * self.tuning_of(num_reqs).waves
 
-    @cached_property
+    @property
     def max_items(self) -> int:
         """The most items of any batch."""
-        return max(map(self.num_items, range(1, self.num_reqs + 1)))
+        return _max_items(self)
 
     @property
     def max_request_items(self) -> int:
@@ -125,11 +125,10 @@ class DecodeLimits:
         fit = tuning.score_bytes // (block_bytes * self.num_items(num_reqs))
         return max(tile_blocks, min(tuning.chunk_blocks, 1 << fit.bit_length() >> 1))
 
-    @cached_property
+    @property
     def num_scores(self) -> int:
         """The most scores that the programs of a batch hand on."""
-        blocks = (self.num_items(n) * self.chunk_blocks(n) for n in range(1, self.num_reqs + 1))
-        return max(blocks) * self.block_size * self.query_len * self.num_heads
+        return _max_chunk_blocks(self) * self.block_size * self.query_len * self.num_heads
 
     @property
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -141,6 +140,18 @@ class DecodeLimits:
             ((self.num_scores,), torch.float32),
             ((self.num_reqs * self.query_len, self.num_heads), torch.float32),
         )
+
+
+@lru_cache  # layers have equal limits
+def _max_items(limits: DecodeLimits) -> int:
+    return max(map(limits.num_items, range(1, limits.num_reqs + 1)))
+
+
+@lru_cache
+def _max_chunk_blocks(limits: DecodeLimits) -> int:
+    """The most blocks that all programs of a KV head scan before they attend to some."""
+    batches = range(1, limits.num_reqs + 1)
+    return max(limits.num_items(n) * limits.chunk_blocks(n) for n in batches)
 
 
 @dataclass

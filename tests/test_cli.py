@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from vllm_ffa_fp8fp8 import cli, demo, doctor, environment
+from vllm_ffa_fp8fp8 import bench_kproj, cli, demo, doctor, environment
 from vllm_ffa_fp8fp8.demo_engine import run_engine, summed_skip_stats
 from vllm_ffa_fp8fp8.demo_prompts import Question, make_questions
 from vllm_ffa_fp8fp8.environment import GPU
@@ -191,3 +191,16 @@ def test_bench_kproj_needs_a_gpu_with_fp8(monkeypatch, capsys):
     pretend(monkeypatch, AMPERE)
     assert cli.main(["bench-kproj", "--batches", "1"]) == 1
     assert "NVIDIA A100 has no FP8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--vary", "splits=4,depth=2"], "no launch parameter 'depth' in 'depth=2': splits"),
+        (["--vary-prefill", "tokens=many"], "'tokens=many' is not name=value with a number"),
+    ],
+)
+def test_bench_kproj_names_a_bad_variant(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
+    assert cli.main(["bench-kproj", *arguments]) == 2
+    assert message in capsys.readouterr().out

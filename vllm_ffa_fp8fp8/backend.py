@@ -25,7 +25,7 @@ MAX_QUERY_LEN = 8
 """Query tokens of a request that decode takes."""
 MAX_QUERY_ROWS = {torch.bfloat16: 64, torch.float16: 32}
 """Query rows of a KV head (its query heads, of all query tokens) that decode takes, by the model's
-dtype: as two or four FP8 parts, more do not fit the shared memory of compute capability 8.9."""
+dtype: more do not fit the shared memory of compute capability 8.9 (float16: were not tried)."""
 
 
 def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLayout:

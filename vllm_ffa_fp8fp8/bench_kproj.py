@@ -51,6 +51,11 @@ def run(options: argparse.Namespace) -> int:
     if environment.vllm_version() is None:
         print("vLLM is not installed: `ffa-fp8fp8 doctor` says what to do.")
         return 1
+    try:
+        check_variants(options)
+    except ValueError as error:
+        print(error)
+        return 2
     figures = measure(options)
     print("\nmicroseconds; best of the tunings; speed-ups over unfused")
     print("model tokens    floor   unfused   linear + kernel   one kernel")
@@ -61,13 +66,26 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_variants(options: argparse.Namespace) -> None:
+    """Raises ValueError for launch parameters that there are not, before any work."""
+    from vllm_ffa_fp8fp8.bench.sweep import parse_tuning
+    from vllm_ffa_fp8fp8.kernels.projection_tuning import ProjectionTuning, RopeWriteTuning
+
+    for texts, parameters in (
+        (options.vary, ProjectionTuning),
+        (options.vary_prefill, RopeWriteTuning),
+    ):
+        for text in texts:
+            parse_tuning(text, parameters)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from vllm_ffa_fp8fp8.bench import projection, sweep
-    from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
+    from vllm_ffa_fp8fp8.bench.timing import copy_bandwidth, read_bandwidth
 
-    bandwidth, copies = read_bandwidth(), projection.copy_bandwidth()
+    bandwidth, copies = read_bandwidth(), copy_bandwidth()
     figures = {"environment": sweep.environment(), "decode": [], "prefill": []}
     print(figures["environment"], f"read {bandwidth / 1e6:.2f} TB/s, copy {copies / 1e6:.2f} TB/s")
     for model in options.models:

@@ -133,13 +133,7 @@ def fused_attention(
     return output
 
 
-def _fused_attention_fake(
-    x: torch.Tensor,
-    positions: torch.Tensor,
-    layer_name: LayerNameType,
-    output_size: int,
-    is_projected: bool,
-) -> torch.Tensor:
+def _fused_attention_fake(x, positions, layer_name, output_size, is_projected):
     return x.new_empty(x.shape[0], output_size)
 
 

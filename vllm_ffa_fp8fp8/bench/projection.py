@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from vllm_ffa_fp8fp8.bench.inputs import L2_BYTES
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
+from vllm_ffa_fp8fp8.bench.sweep import parse_tuning
 from vllm_ffa_fp8fp8.bench.timing import time_graph
 from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes, PageLayout
@@ -22,7 +24,6 @@ from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
 from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
 
-L2_BYTES = 160e6  # inputs of all sets together exceed this, so that no replay finds them in L2
 PAGE_SIZE = 64
 HEAD_SIZE = 128
 ERROR = 1e-2  # of the largest element; bf16 rounds to 2^-8
@@ -146,9 +147,7 @@ def make_weights(model: str) -> list[torch.Tensor]:
 
 def varied(base, texts: list[str]) -> dict[str, object]:
     """`base` under the name "default", and with each text's name=value,... changed."""
-    pairs = {text: (item.split("=") for item in text.split(",")) for text in texts}
-    changed = {t: replace(base, **{n: int(v) for n, v in items}) for t, items in pairs.items()}
-    return {"default": base} | changed
+    return {"default": base} | {t: replace(base, **parse_tuning(t, type(base))) for t in texts}
 
 
 def bench_decode_step(model, num_tokens, weights, bandwidth, vary) -> dict:
@@ -195,10 +194,3 @@ def bench_prefill(model, num_tokens, weights, copy_bandwidth, vary) -> dict:
     times = {name: min(us, bench.time(launches[name])) for name, us in times.items()}
     floor = moved / copy_bandwidth
     return {"model": model, "tokens": num_tokens, "bytes": moved, "floor_us": floor, "us": times}
-
-
-def copy_bandwidth() -> float:
-    """Bytes per microsecond, read and written, of a large copy."""
-    source = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / time_graph([lambda: target.copy_(source)], repeats=10)

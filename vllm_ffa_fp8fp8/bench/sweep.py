@@ -15,9 +15,10 @@ from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
 from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
 
 
-def parse_tuning(text: str) -> dict[str, object]:
-    """Changes to `DecodeTuning` from `name=value,...`; ValueError names what is wrong."""
-    known = [field.name for field in fields(DecodeTuning)]
+def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, object]:
+    """Changes to a dataclass of launch parameters from `name=value,...`; ValueError names what is
+    wrong."""
+    known = [field.name for field in fields(parameters)]
     changes = {}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")

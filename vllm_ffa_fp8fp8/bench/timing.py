@@ -32,3 +32,10 @@ def read_bandwidth() -> float:
     """Bytes per microsecond that a large sum reads."""
     data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     return data.nbytes / time_graph([lambda: data.sum()], repeats=10)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per microsecond, read and written, of a large copy."""
+    source = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_graph([lambda: target.copy_(source)], repeats=10)
