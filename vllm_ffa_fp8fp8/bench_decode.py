@@ -82,14 +82,10 @@ def missing_gpu() -> str | None:
 def measure(options: argparse.Namespace) -> int:
     from vllm_ffa_fp8fp8.bench import sweep
     from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, compiled_kernels
-    from vllm_ffa_fp8fp8.bench.inputs import supports_fp8_value
     from vllm_ffa_fp8fp8.bench.peers import missing_peers
     from vllm_ffa_fp8fp8.bench.store import Store
 
-    supported = ["auto", "fp8"] if supports_fp8_value() else ["auto"]
-    value_dtypes = options.value_dtypes or supported
-    if unknown := set(value_dtypes) - set(supported):
-        raise ValueError(f"this version's cache has no V in {', '.join(unknown)}")
+    value_dtypes = options.value_dtypes or list(VALUE_BYTES)
     for changes in options.vary:
         sweep.parse_tuning(changes)
     peers = not options.no_peers

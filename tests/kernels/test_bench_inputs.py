@@ -9,14 +9,14 @@ from vllm_ffa_fp8fp8.bench import decoder as decoder_module
 from vllm_ffa_fp8fp8.bench import peers, sweep
 from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, OURS, Cell, Figure, Geometry, Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
-from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, supports_fp8_value, write_cache
+from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.store import Store
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
 
 SHAPE = Shape(Geometry(8, 2, 64, 64), 2, 500)
 FEW_ITEMS = {"programs_per_processor": 1, "waves": 1}
-VALUE_DTYPES = ["auto", "fp8"] if supports_fp8_value() else ["auto"]
+VALUE_DTYPES = ["auto", "fp8"]
 
 
 @pytest.fixture(scope="module")

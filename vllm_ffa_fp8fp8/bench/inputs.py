@@ -1,7 +1,7 @@
 """Decode batches with a planted fraction of hot blocks."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -24,11 +24,6 @@ class Inputs:
     value: torch.Tensor  # like `key`
     block_table: torch.Tensor  # int32 [batch, pages]
     seq_lens: torch.Tensor  # int32 [batch]
-
-
-def supports_fp8_value() -> bool:
-    """Whether the page layout has an E4M3 form of V."""
-    return "fp8_value" in {field.name for field in fields(PageLayout)}
 
 
 def num_sets(shape: Shape) -> int:
@@ -75,8 +70,7 @@ def make_inputs(shape: Shape, kept: float, seed: int, device: str = "cuda") -> I
 def write_cache(inputs: Inputs, value_dtype: str) -> KVPlanes:
     """The keys and values in our cache, V in `value_dtype`: auto or fp8."""
     num_pages, page_size, num_kv_heads, head_size = inputs.key.shape
-    options = {"fp8_value": True} if value_dtype == "fp8" else {}
-    layout = PageLayout(head_size, inputs.key.dtype, **options)
+    layout = PageLayout(head_size, inputs.key.dtype, fp8_value=value_dtype == "fp8")
     device = inputs.key.device
     cache = torch.empty(
         (num_pages, num_kv_heads, page_size, layout.bytes_per_token),
