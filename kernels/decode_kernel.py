@@ -89,7 +89,7 @@ def decode_kernel(
     index = tl.load(work_ptr + item * 4 + 1)
     num_items = tl.load(work_ptr + item * 4 + 2)
     seq_len = tl.load(work_ptr + item * 4 + 3)
-    if request < 0:
+    if (request | index | num_items | seq_len) < 0:  # of all, so that all are loaded at once
         return
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     columns = tl.arange(0, HEAD_SIZE_PADDED)
@@ -121,7 +121,10 @@ def decode_kernel(
     if HAS_VALUE_EXPONENT:
         value_exponent_ptr += kv_head.to(tl.int64) * value_exponent_stride_head
     FIND_THRESHOLD: tl.constexpr = PRUNE and not HAS_THRESHOLD
-    if FIND_THRESHOLD:  # loads first, so that they wait for memory together
+    # loads first, so that they wait for memory together
+    if PRUNE:
+        delta = tl.load(delta_ptr + request * delta_stride)
+    if FIND_THRESHOLD:
         anchors, anchor_scales = load_anchors(
             seq_len, key_ptr, exponent_ptr, block_table_row_ptr,
             key_stride_page, exponent_stride_page,
@@ -132,7 +135,6 @@ def decode_kernel(
     newest_block = (seq_len - QUERY_LEN) // BLOCK_SIZE
     if PRUNE:
         scores_ptr += place * (CHUNK_BLOCKS * BLOCK_SIZE * ROWS)
-        delta = tl.load(delta_ptr + request * delta_stride)
         delta = tl.where(seq_len < min_context, float("inf"), delta)
         if FIND_THRESHOLD:
             threshold = anchor_threshold(

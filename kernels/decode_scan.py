@@ -6,13 +6,16 @@ import triton.language as tl
 from .decode_query import dot_query, load_query, query_rows, split_query
 from .paged_rows import (
     load_rows,
-    load_scales,
     load_tile_exponents,
     tile_pointers,
     tile_scales,
-    token_pages,
     token_pointers,
 )
+
+
+@triton.jit
+def _either(left, left_late, right, right_late):
+    return left | right, left_late | right_late
 
 
 @triton.jit
@@ -35,21 +38,31 @@ def load_anchors(
 ):
     """Base keys at `anchor_positions`, `[4 * ANCHOR_TOKENS, HEAD_SIZE_PADDED]`, and the powers of
     two that they are stored without."""
+    tl.static_assert(PAGE_SIZE % ANCHOR_TOKENS == 0)
     positions = anchor_positions(seq_len, ANCHOR_TOKENS)
     valid = positions >= 0
     positions = tl.maximum(positions, 0)
-    pages = token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE)
+    # Three page numbers at most, as scalars, so that keys and exponents wait for the same loads.
+    last = tl.maximum(seq_len - ANCHOR_TOKENS, 0) // PAGE_SIZE
+    first_page = tl.load(block_table_row_ptr)
+    last_page = tl.load(block_table_row_ptr + last)
+    newest_page = tl.load(block_table_row_ptr + tl.maximum(seq_len - 1, 0) // PAGE_SIZE)
+    pages = tl.where(positions // PAGE_SIZE == last, last_page, newest_page)
+    pages = tl.where(positions < ANCHOR_TOKENS, first_page, pages).to(tl.int64)
+    words = tl.zeros([4 * ANCHOR_TOKENS], tl.int32)
+    if HAS_EXPONENT:
+        exponents = token_pointers(
+            exponent_ptr.to(tl.pointer_type(tl.int32)), pages, positions // 4,
+            exponent_stride_page // 4, 1, PAGE_SIZE // 4,
+        )
+        words = tl.load(exponents, mask=valid, other=0)
+    # Or the loads up to here move behind the keys' way to shared memory, and wait in vain for them.
+    tl.debug_barrier()
     key = load_rows(
         token_pointers(key_ptr, pages, positions, key_stride_page, KEY_STRIDE, PAGE_SIZE),
         tl.arange(0, HEAD_SIZE_PADDED), valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
     )
-    scales = tl.full([4 * ANCHOR_TOKENS], 1.0, tl.float32)
-    if HAS_EXPONENT:
-        exponents = token_pointers(
-            exponent_ptr, pages, positions, exponent_stride_page, 1, PAGE_SIZE
-        )
-        scales = load_scales(exponents, valid)
-    return key, scales
+    return key, tile_scales(words, positions, HAS_EXPONENT)
 
 
 @triton.jit
@@ -144,7 +157,8 @@ def scan_blocks(
             scores * factor[None, :],
             mask=(tl.reshape(keep, (TILE,)) != 0)[:, None] & (rows < ROWS)[None, :],
         )
-    return tl.sum(kept, axis=0), tl.sum(kept_late, axis=0), tl.max(largest, axis=0) * factor
+    kept, kept_late = tl.reduce((kept, kept_late), 0, _either)  # both in one exchange of warps
+    return kept, kept_late, tl.max(largest, axis=0) * factor
 
 
 @triton.jit
