@@ -13,8 +13,20 @@ import triton.language as tl
 from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_value_rows
 from .page_layout import KVPlanes
 from .projection_tuning import MAX_PROJECTED_TOKENS, ProjectionTuning
-from .qkv_heads import QKVHeads, norm_and_rotate, rotation_partners, round_to
+from .qkv_heads import QKVHeads, load_rotation, norm_and_rotate, rotation_partners, round_to
 from .runtime import compute_dtype
+
+
+@triton.jit
+def _load_places(
+    positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots, WRITE_CACHE: tl.constexpr
+):
+    """Positions and slots of the tokens `rows`; 0 and -1 where there is none."""
+    positions = tl.load(positions_ptr + rows, mask=rows < num_tokens, other=0).to(tl.int64)
+    slots = tl.full(rows.shape, -1, tl.int64)
+    if WRITE_CACHE:
+        slots = tl.load(slot_mapping_ptr + rows, mask=rows < num_slots, other=-1).to(tl.int64)
+    return positions, slots
 
 
 @triton.jit
@@ -25,9 +37,13 @@ def _add_up(
     """`columns` of the projections in float32: the sums of all splits in order, and the bias,
     rounded to `dtype` as a linear layer rounds them."""
     places = sums_ptr + rows[:, None] + columns[None, :]
-    x = tl.load(places, mask=mask, other=0.0, cache_modifier=".cg")
+    loaded = ()
+    for split in tl.static_range(SPLITS):
+        place = places + split * split_stride
+        loaded += (tl.load(place, mask=mask, other=0.0, cache_modifier=".cg"),)
+    x = loaded[0]
     for split in tl.static_range(1, SPLITS):
-        x += tl.load(places + split * split_stride, mask=mask, other=0.0, cache_modifier=".cg")
+        x += loaded[split]
     if HAS_BIAS:
         bias_places = bias_ptr + tl.zeros_like(rows)[:, None] + columns[None, :]
         x += tl.load(bias_places, mask=mask, other=0.0).to(tl.float32)
@@ -101,6 +117,13 @@ def _project_write_kernel(
     tokens = tl.arange(0, TOKENS)
     in_batch = tokens < num_tokens
     block = tl.arange(0, HIDDEN_BLOCK)
+    rows = tl.arange(0, FINISH_ROWS)
+    rotates = head < NUM_HEADS + NUM_KV_HEADS
+    num_rotated = tl.where(rotates, num_tokens, 0)
+    # what the last program of a head needs is asked for by all, before they know who it is
+    positions, slots = _load_places(
+        positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots, WRITE_CACHE
+    )
 
     weight_rows = weight_ptr + (head * HEAD_SIZE + columns).to(tl.int64)[:, None] * weight_stride
     hidden_rows = hidden_ptr + tokens[None, :] * hidden_stride
@@ -122,6 +145,10 @@ def _project_write_kernel(
         hidden = tl.load(hidden_rows + places[:, None], mask=hidden_mask, other=0.0)
         sums = tl.dot(weight.to(DOT_DTYPE), hidden.to(DOT_DTYPE), sums)  # [HEAD_SIZE, TOKENS]
 
+    cos, sin = load_rotation(
+        cos_sin_ptr, cos_sin_stride, positions, columns,
+        (rows < num_rotated)[:, None] & is_column[None, :], ROTARY_DIM, IS_NEOX_STYLE,
+    )
     split_stride = num_tokens * WIDTH
     sums_rows = sums_ptr + split * split_stride + tokens[None, :] * WIDTH
     tl.store(
@@ -134,32 +161,26 @@ def _project_write_kernel(
     if arrived == SPLITS - 1:
         tl.store(arrived_ptr + head, 0)
         head_columns = head * HEAD_SIZE + columns
-        for start in tl.range(0, num_tokens, FINISH_ROWS):
-            rows = start + tl.arange(0, FINISH_ROWS)
-            is_row = rows < num_tokens
-            mask = is_row[:, None] & is_column[None, :]
-            # first, since the addresses of other loads depend on them
-            positions = tl.load(positions_ptr + rows, mask=is_row, other=0).to(tl.int64)
-            if WRITE_CACHE:
-                has_slot = rows < num_slots
-                slots = tl.load(slot_mapping_ptr + rows, mask=has_slot, other=-1).to(tl.int64)
+        norm_ptr = query_norm_ptr
+        if HAS_NORM:
+            if head >= NUM_HEADS:
+                norm_ptr = key_norm_ptr
+        for _ in tl.range(0, num_tokens, FINISH_ROWS):
+            next_rows = rows + FINISH_ROWS
+            positions, next_slots = _load_places(
+                positions_ptr, slot_mapping_ptr, next_rows, num_tokens, num_slots, WRITE_CACHE
+            )
+            mask = (rows < num_tokens)[:, None] & is_column[None, :]
             x = _add_up(
                 sums_ptr, rows * WIDTH, head_columns, mask, bias_ptr, split_stride,
                 SPLITS, HAS_BIAS, dtype,
             )
-            if head < NUM_HEADS + NUM_KV_HEADS:
+            if rotates:
                 partners = rotation_partners(columns, ROTARY_DIM, IS_NEOX_STYLE)
-                partner = _add_up(
-                    sums_ptr, rows * WIDTH, head * HEAD_SIZE + partners, mask, bias_ptr,
-                    split_stride, SPLITS, HAS_BIAS, dtype,
-                )
-                norm_ptr = query_norm_ptr
-                if HAS_NORM:
-                    if head >= NUM_HEADS:
-                        norm_ptr = key_norm_ptr
+                partner = tl.gather(x, tl.broadcast_to(partners[None, :], x.shape), 1)
                 x = norm_and_rotate(
-                    x, partner, positions, columns, mask, norm_ptr, cos_sin_ptr,
-                    cos_sin_stride, epsilon, HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
+                    x, partner, cos, sin, columns, norm_ptr, epsilon,
+                    HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
                 )
             x = round_to(x, dtype)
             output_rows = output_ptr + rows.to(tl.int64)[:, None] * output_stride
@@ -184,6 +205,12 @@ def _project_write_kernel(
                             value_exponent_plane_stride_page, value_exponent_plane_stride_head,
                             PAGE_SIZE, HEAD_SIZE, FP8_VALUE,
                         )
+            rows, slots = next_rows, next_slots
+            cos, sin = load_rotation(
+                cos_sin_ptr, cos_sin_stride, positions, columns,
+                (rows < num_rotated)[:, None] & is_column[None, :],
+                ROTARY_DIM, IS_NEOX_STYLE,
+            )
 
 
 @dataclass(frozen=True)

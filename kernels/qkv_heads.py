@@ -84,17 +84,38 @@ def rotation_partners(columns, ROTARY_DIM: tl.constexpr, IS_NEOX_STYLE: tl.const
 
 
 @triton.jit
+def load_rotation(
+    cos_sin_ptr, cos_sin_stride, positions, columns, mask,
+    ROTARY_DIM: tl.constexpr, IS_NEOX_STYLE: tl.constexpr,
+):
+    """Cosine and sine of each element, `[ROWS, HEAD_SIZE_PADDED]` in the dtype of the cache: 1
+    and 0 where nothing rotates, and outside of `mask`.
+
+    `positions` is int64 `[ROWS]`.
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    if IS_NEOX_STYLE:
+        frequency = tl.where(columns < HALF, columns, columns - HALF)
+    else:
+        frequency = columns // 2
+    rotated = mask & (columns < ROTARY_DIM)[None, :]
+    angles = cos_sin_ptr + (positions * cos_sin_stride)[:, None] + frequency[None, :]
+    cos = tl.load(angles, mask=rotated, other=1.0)
+    sin = tl.load(angles + HALF, mask=rotated, other=0.0)
+    return cos, sin
+
+
+@triton.jit
 def norm_and_rotate(
-    x, partner, positions, columns, mask, norm_ptr, cos_sin_ptr, cos_sin_stride, epsilon,
+    x, partner, cos, sin, columns, norm_ptr, epsilon,
     HEAD_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX_STYLE: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
     """Rows of heads, float32 `[ROWS, HEAD_SIZE_PADDED]`, after norm and rotation.
 
-    `partner` holds the same rows with their columns in the order of `rotation_partners`;
-    `positions` is int64 `[ROWS]`. Both `x` and `partner` are 0 outside of `mask`.
+    `partner` holds the same rows with their columns in the order of `rotation_partners`; both are
+    0 in rows and columns that do not exist. `cos, sin`: of `load_rotation`.
     """
-    HALF: tl.constexpr = ROTARY_DIM // 2
     if HAS_NORM:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_SIZE + epsilon)
         others = rotation_partners(columns, ROTARY_DIM, IS_NEOX_STYLE)
@@ -103,17 +124,9 @@ def norm_and_rotate(
         others_weight = tl.load(norm_ptr + others, mask=is_column, other=0.0).to(tl.float32)
         x *= inverse[:, None] * weight[None, :]
         partner *= inverse[:, None] * others_weight[None, :]
-    if IS_NEOX_STYLE:
-        is_first = columns < HALF
-        frequency = tl.where(is_first, columns, columns - HALF)
-    else:
-        is_first = columns % 2 == 0
-        frequency = columns // 2
-    rotated = mask & (columns < ROTARY_DIM)[None, :]
-    angles = cos_sin_ptr + (positions * cos_sin_stride)[:, None] + frequency[None, :]
-    cos = tl.load(angles, mask=rotated, other=1.0).to(tl.float32)
-    sin = tl.load(angles + HALF, mask=rotated, other=0.0).to(tl.float32)
-    return x * cos + partner * tl.where(is_first[None, :], -sin, sin)
+    is_first = columns < ROTARY_DIM // 2 if IS_NEOX_STYLE else columns % 2 == 0
+    sin = sin.to(tl.float32)
+    return x * cos.to(tl.float32) + partner * tl.where(is_first[None, :], -sin, sin)
 
 
 @triton.jit

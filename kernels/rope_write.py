@@ -7,7 +7,7 @@ import triton.language as tl
 from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_value_rows
 from .page_layout import KVPlanes
 from .projection_tuning import RopeWriteTuning, rope_write_tuning
-from .qkv_heads import QKVHeads, norm_and_rotate, rotation_partners, round_to
+from .qkv_heads import QKVHeads, load_rotation, norm_and_rotate, rotation_partners, round_to
 
 
 @triton.jit
@@ -82,9 +82,12 @@ def _rope_write_kernel(
         places = qkv_rows + heads * HEAD_SIZE
         query = _load_rows(qkv_ptr, places, columns, mask).to(tl.float32)
         partner = _load_rows(qkv_ptr, places, partners, mask).to(tl.float32)
+        cos, sin = load_rotation(
+            cos_sin_ptr, cos_sin_stride, positions, columns, mask, ROTARY_DIM, IS_NEOX_STYLE
+        )
         query = norm_and_rotate(
-            query, partner, positions, columns, mask, query_norm_ptr, cos_sin_ptr,
-            cos_sin_stride, epsilon, HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
+            query, partner, cos, sin, columns, query_norm_ptr, epsilon,
+            HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
         )
         query = round_to(query, dtype).to(dtype)
         if IN_PLACE:
@@ -105,9 +108,12 @@ def _rope_write_kernel(
             written = (slots >= 0)[:, None] & is_column
             value_places = places + NUM_KV_HEADS * HEAD_SIZE
             value = _load_rows(qkv_ptr, value_places, columns, written)
+        cos, sin = load_rotation(
+            cos_sin_ptr, cos_sin_stride, positions, columns, mask, ROTARY_DIM, IS_NEOX_STYLE
+        )
         key = norm_and_rotate(
-            key, partner, positions, columns, mask, key_norm_ptr, cos_sin_ptr,
-            cos_sin_stride, epsilon, HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
+            key, partner, cos, sin, columns, key_norm_ptr, epsilon,
+            HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
         )
         key = round_to(key, dtype)
         if IN_PLACE:
