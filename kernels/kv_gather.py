@@ -33,6 +33,7 @@ def _kv_gather_kernel(
     block_table_stride,
     key_stride_token,
     key_stride_head,
+    num_rows,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
@@ -48,7 +49,7 @@ def _kv_gather_kernel(
     seq_len = tl.load(cu_seqlens_ptr + request + 1) - first
     positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
-    valid = positions < seq_len
+    valid = (positions < seq_len) & (first + positions < num_rows)
     pages = token_pages(
         block_table_ptr + request.to(tl.int64) * block_table_stride, positions, valid, PAGE_SIZE
     )
@@ -109,8 +110,9 @@ def gather_kv(
         block_table: int32 `[num_reqs, max_pages]`.
         cu_seqlens: int32 `[num_reqs + 1]`, the exclusive sums of the lengths to gather.
         max_seq_len: an upper bound of those lengths, on the host.
-        key, value: outputs, `[>= cu_seqlens[-1], num_kv_heads, head_size]`, contiguous, of the
-            model's dtype. See `write_kv` for the error of what comes back.
+        key, value: outputs, `[num_rows, num_kv_heads, head_size]`, contiguous, of the model's
+            dtype; what lies beyond their rows is not gathered. See `write_kv` for the error of
+            what comes back.
     """
     if max_seq_len == 0:
         return
@@ -126,6 +128,7 @@ def gather_kv(
         block_table.stride(0),
         key.stride(0),
         key.stride(1),
+        key.shape[0],
         HEAD_SIZE=planes.head_size,
         HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
         ROWS=rows,

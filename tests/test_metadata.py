@@ -1,5 +1,6 @@
 """How a step's batch becomes decodes and prefills, with drafts to verify and without."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,40 +8,36 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_ffa_fp8fp8.backend import decode_query_len
+from vllm_ffa_fp8fp8.backend import FFAFP8FP8Backend, decode_query_len
 from vllm_ffa_fp8fp8.config import FFAConfig
-from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
+from vllm_ffa_fp8fp8.cuda_ops import context_chunks
+from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder, _seq_lens_host
 
 SPEC = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
 
 
-def model(group: int, dtype: torch.dtype) -> SimpleNamespace:
-    return SimpleNamespace(
-        dtype=dtype,
-        get_num_attention_heads=lambda parallel_config: 2 * group,
-        get_num_kv_heads=lambda parallel_config: 2,
-    )
+def layer(group: int, backend=FFAFP8FP8Backend) -> SimpleNamespace:
+    ops = SimpleNamespace(make_plan=lambda block_size: None)
+    impl = SimpleNamespace(config=FFAConfig(), ops=ops, num_heads=2 * group, num_kv_heads=2)
+    return SimpleNamespace(impl=impl, get_attn_backend=lambda: backend)
 
 
 def vllm_config(num_drafts=None, group=4, draft_group=None, dtype=torch.bfloat16):
     speculative = None
     if num_drafts is not None:
-        draft = None if draft_group is None else model(draft_group, dtype)
-        speculative = SimpleNamespace(num_speculative_tokens=num_drafts, draft_model_config=draft)
-    impl = SimpleNamespace(
-        config=FFAConfig(), ops=SimpleNamespace(make_plan=lambda block_size: None)
-    )
+        speculative = SimpleNamespace(num_speculative_tokens=num_drafts)
+    layers = {"layers.0": layer(group), "layers.1": layer(40, object), "experts": object()}
+    if draft_group is not None:
+        layers["draft.layers.0"] = layer(draft_group)
     return SimpleNamespace(
-        model_config=model(group, dtype),
+        model_config=SimpleNamespace(dtype=dtype),
         speculative_config=speculative,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        compilation_config=SimpleNamespace(
-            static_forward_context={"layers.0": SimpleNamespace(impl=impl)}
-        ),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
     )
 
 
-def build(config, query_lens: list[int], seq_lens: list[int]):
+def build(config, query_lens: list[int], seq_lens: list[int], **more):
     """The metadata of a batch in vLLM's order: decodes first."""
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     lengths = torch.tensor(seq_lens, dtype=torch.int32)
@@ -55,6 +52,7 @@ def build(config, query_lens: list[int], seq_lens: list[int]):
         max_seq_len=max(seq_lens),
         block_table_tensor=torch.arange(8 * len(query_lens), dtype=torch.int32).view(-1, 8),
         slot_mapping=torch.arange(sum(query_lens)),
+        **more,
     )
     builder = FFAFP8FP8MetadataBuilder(SPEC, ["layers.0"], config, torch.device("cpu"))
     return builder.build(0, common)
@@ -117,3 +115,46 @@ def test_graphs_of_drafts_are_promised_where_the_kernel_takes_them(config, query
     assert support == expected
     builder = FFAFP8FP8MetadataBuilder(SPEC, ["layers.0"], config, torch.device("cpu"))
     assert builder.reorder_batch_threshold == query_len
+
+
+def test_non_causal_batches_are_refused():
+    for causal in (False, torch.tensor([True, False])):
+        with pytest.raises(ValueError, match="does not support non-causal attention"):
+            build(vllm_config(), [1, 1], [70, 80], causal=causal)
+
+
+def test_lengths_on_the_host_wait_for_no_device():
+    lengths, bounds = torch.tensor([70, 80]), torch.tensor([73, 83])
+    assert _seq_lens_host(lengths, bounds) is lengths
+    assert _seq_lens_host(lengths, None) is lengths
+    assert _seq_lens_host(lengths.to("meta"), bounds) is bounds
+
+
+def test_pages():
+    assert [FFAFP8FP8Backend.get_preferred_block_size(size) for size in (16, 128)] == [64, 128]
+
+
+def test_small_pages_of_other_backends_are_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "vllm_ffa_fp8fp8.metadata.logger.warning_once",
+        lambda message, *values: said.append(message % values),
+    )
+    for page_size in (64, 16):
+        spec = replace(SPEC, block_size=page_size)
+        FFAFP8FP8MetadataBuilder(spec, ["layers.0"], vllm_config(), torch.device("cpu"))
+    (message,) = said
+    assert "pages of 16 tokens" in message and "set --block-size 64" in message
+
+
+@pytest.mark.parametrize(
+    "seq_lens, chunks",
+    [
+        ([100], [(0, 1)]),
+        ([60, 40, 1], [(0, 2), (2, 3)]),
+        ([100, 100, 5, 95], [(0, 1), (1, 2), (2, 4)]),
+        ([1, 100, 1], [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_prefills_are_cut_to_the_workspace(seq_lens, chunks):
+    assert context_chunks(seq_lens, 100) == chunks

@@ -14,7 +14,10 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_ffa_fp8fp8 import refusals
+from vllm_ffa_fp8fp8.backend import FFAFP8FP8Backend
 from vllm_ffa_fp8fp8.config import FFAConfig
+from vllm_ffa_fp8fp8.impl import FFAFP8FP8Impl
+from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
 
 PLAIN_LAYER = dict(
     head_size=128,
@@ -33,7 +36,7 @@ PLAIN_LAYER = dict(
 REFUSED_LAYERS = [
     ({"head_size": 192}, "head_size 192", "64, 80, 96, 128, 256"),
     ({"dtype": torch.float32}, "dtype float32", "set --dtype to bfloat16 or float16"),
-    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'", "leave --kv-cache-dtype at auto"),
+    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'", "set --kv-cache-dtype to bfloat16"),
     ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype 'nvfp4'", "its own FP8 cache format"),
     ({"block_size": 24}, "block_size 24", "--block-size to a multiple of 16"),
     ({"device_capability": DeviceCapability(7, 5)}, "compute capability 7.5", "8.0 or newer"),
@@ -72,6 +75,11 @@ REFUSED_IMPL_ARGUMENTS = [
     ({"num_heads": 34}, "34 query heads over 2 KV heads", "1 to 16 query heads"),
     ({"num_heads": 2, "num_kv_heads": 4}, "2 query heads over 4 KV heads", "1 to 16 query heads"),
     ({"chunk_lookback": 1}, "chunk_lookback=1", "FLASH_ATTN"),
+    (
+        {"layer_idx": 0, "dual_chunk_attention_config": {"chunk_size": 8192}},
+        "dual chunk attention",
+        "FLASH_ATTN",
+    ),
 ]
 
 PLAIN_SPEC = dict(block_size=16, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
@@ -180,6 +188,26 @@ def test_fp8_values_need_a_device_with_fp8():
     refusals.check_options(FFAConfig(), has_fp8=False)
 
 
+def engine(method=None, backend=None, use_ubatching=False):
+    drafts = backend and SimpleNamespace(name=backend)
+    speculative = method and SimpleNamespace(method=method, attention_backend=drafts)
+    parallel = SimpleNamespace(use_ubatching=use_ubatching)
+    return SimpleNamespace(parallel_config=parallel, speculative_config=speculative)
+
+
+def test_refused_engines():
+    with pytest.raises(ValueError, match=r"support microbatches .*drop --enable-dbo"):
+        refusals.check_engine(engine(use_ubatching=True))
+    for backend in (None, "FFA_FP8FP8"):
+        with pytest.raises(ValueError, match=r"method draft_model.*another backend.*FLASH_ATTN"):
+            refusals.check_engine(engine("draft_model", backend))
+
+
+def test_supported_engines():
+    for method, backend in ((None, None), ("ngram", None), ("draft_model", "FLASH_ATTN")):
+        refusals.check_engine(engine(method, backend))
+
+
 def test_batch_invariance_without_drafts_only():
     with pytest.raises(ValueError, match="speculative decoding with batch inv.*drop --specul"):
         refusals.check_batch_invariance(has_drafts=True)
@@ -189,3 +217,17 @@ def test_batch_invariance_without_drafts_only():
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_supported_platform(name):
     refusals.check_platform(platform(name))
+
+
+def test_layers_and_caches_are_checked():
+    """vLLM asks our classes, and they ask the functions above."""
+    with pytest.raises(ValueError, match="ALiBi"):
+        FFAFP8FP8Impl(8, 128, 1.0, num_kv_heads=2, alibi_slopes=[0.5])
+    spec, _ = REFUSED_SPECS[1]
+    with pytest.raises(ValueError, match="sliding window"):
+        FFAFP8FP8Backend.customize_spec(spec)
+    config = SimpleNamespace(parallel_config=None)
+    with pytest.raises(ValueError, match="sliding window"):
+        FFAFP8FP8MetadataBuilder(spec, ["layers.0"], config, torch.device("cpu"))
+    (reason,) = FFAFP8FP8Backend.validate_configuration(**PLAIN_LAYER | {"head_size": 192})
+    assert "head_size 192" in reason

@@ -161,6 +161,29 @@ def test_bad_options_stop_the_main_process(log, attention_config):
             )
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+
+
+def test_chosen_for_drafts_alone(log):
+    """Its options are checked there, too."""
+    drafts = NGRAM | {"attention_backend": "FFA_FP8FP8"}
+    bad = {"ffa_fp8fp8": {"detla": 1}}
+    assert chosen(engine_config(additional_config=bad, speculative_config=NGRAM)) is None
+    with pytest.raises(ValueError, match="did you mean 'delta'"):
+        engine_config(additional_config=bad, speculative_config=drafts)
+
+
+@on_cpu
+def test_engines_are_checked(log, monkeypatch):
+    ours = {"attention_backend": "FFA_FP8FP8"}
+    with pytest.raises(ValueError, match="does not support drafts of a separate model"):
+        separate = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 2}
+        engine_config(speculative_config=separate, **ours)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="speculative decoding with batch invariance"):
+        engine_config(speculative_config=NGRAM, **ours)
+
+
 def test_bad_options_stop_serve(log):
     engine_args = serve_arguments(
         "--attention-backend=FFA_FP8FP8", '--additional-config={"ffa_fp8fp8": {"delta": -2}}'
@@ -273,6 +296,35 @@ def test_registering_again_changes_nothing():
     before = state()
     assert plugin.register_early() is None and plugin.register() is None
     assert state() == before
+
+
+def test_module_that_vllm_has_not_loaded_is_patched_when_it_is():
+    """Processes that never load it do not pay for it."""
+    code = """if True:
+        import sys
+        import vllm.platforms
+        from vllm_ffa_fp8fp8 import plugin
+
+        plugin.register()
+        plugin.register()
+        loaded = "vllm.engine.arg_utils" in sys.modules
+        from vllm.engine.arg_utils import EngineArgs
+
+        patched = EngineArgs.create_engine_config
+        plugin.register()
+        print(loaded, patched.by_ffa_fp8fp8, patched is EngineArgs.create_engine_config,
+              hasattr(patched.__wrapped__, "by_ffa_fp8fp8"))
+    """
+    assert run_fresh(code) == "False True True False"
+
+
+def test_failure_leaves_vllm_running(log, monkeypatch):
+    def fail():
+        raise AttributeError("vLLM has changed")
+
+    monkeypatch.setattr(patches, "apply", fail)
+    plugin.register()
+    assert log.messages == ["The attention backend FFA_FP8FP8 is not available."]
 
 
 def test_unsupported_vllm_is_left_alone(log, monkeypatch):

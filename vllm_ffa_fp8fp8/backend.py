@@ -13,12 +13,7 @@ from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.environment import fp8_available
 from vllm_ffa_fp8fp8.kernels.page_layout import PageLayout
 from vllm_ffa_fp8fp8.plugin import BACKEND_NAME
-from vllm_ffa_fp8fp8.refusals import (
-    HEAD_SIZES,
-    check_kv_cache_spec,
-    check_options,
-    refusal_reasons,
-)
+from vllm_ffa_fp8fp8.refusals import check_kv_cache_spec, check_options, refusal_reasons
 
 PREFERRED_PAGE_SIZE = 64
 MAX_QUERY_LEN = 8
@@ -46,6 +41,16 @@ def pruning_block_size(page_size: int, config: FFAConfig) -> int:
     return config.block_size or math.gcd(page_size, 128)
 
 
+def layer_impls(vllm_config) -> list:
+    """The impls of all layers with this backend, of the model and of one that drafts for it."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [
+        layer.impl
+        for layer in layers
+        if hasattr(layer, "get_attn_backend") and layer.get_attn_backend() is FFAFP8FP8Backend
+    ]
+
+
 def decode_query_len(vllm_config) -> int:
     """The most query tokens of a request that decode: its newest token and the drafts after it.
 
@@ -55,13 +60,10 @@ def decode_query_len(vllm_config) -> int:
     if speculative is None:
         return 1
     query_len = 1 + (speculative.num_speculative_tokens or 0)
-    target, parallel = vllm_config.model_config, vllm_config.parallel_config
-    group = max(
-        model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        for model in (target, speculative.draft_model_config or target)
-    )
+    group = max(impl.num_heads // impl.num_kv_heads for impl in layer_impls(vllm_config))
     rows = query_len * group
-    fits = query_len <= MAX_QUERY_LEN and rows <= MAX_QUERY_ROWS[target.dtype]
+    dtype = vllm_config.model_config.dtype
+    fits = query_len <= MAX_QUERY_LEN and rows <= MAX_QUERY_ROWS[dtype]
     return query_len if fits else 1
 
 
@@ -69,8 +71,6 @@ class FFAFP8FP8Backend(AttentionBackend):
     """Attention over a paged cache of FP8 base + FP8 residual keys, with block-skipping decode."""
 
     forward_includes_kv_cache_update: bool = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     config: ClassVar[FFAConfig | None] = None
     """The options of the engine in this process; set where its layers are made, because vLLM asks
@@ -109,8 +109,12 @@ class FFAFP8FP8Backend(AttentionBackend):
         return True
 
     @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return list(HEAD_SIZES)
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

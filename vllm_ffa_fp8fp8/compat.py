@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from types import CodeType
 from typing import Any
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
@@ -90,19 +91,26 @@ FUSABLE_ATTENTION = (
 
 def is_fusable_forward(forward: Callable) -> bool:
     """Whether `forward`, a class's function, does what one of FUSABLE_ATTENTION does: it is that
-    function, or one compiled to the same code, as many models have."""
+    function, or one compiled to the same code, as many models have. What somebody else has put in
+    a function's place is not."""
     code = _code(forward)
-    for module, name in FUSABLE_ATTENTION:
-        if code == _code(getattr(import_module(module), name).forward):
+    for module_name, class_name in FUSABLE_ATTENTION:
+        module = import_module(module_name)
+        original = _code(getattr(module, class_name).forward)
+        if code is None or original is None or original.co_filename != module.__file__:
+            continue
+        if all(getattr(code, part) == getattr(original, part) for part in _BEHAVIOUR):
             return True
     return False
 
 
-def _code(function: Any) -> tuple:
+_BEHAVIOUR = ("co_code", "co_names", "co_varnames", "co_consts")
+
+
+def _code(function: Any) -> CodeType | None:
     if getattr(function, "by_ffa_fp8fp8", False):  # our own wrapper
         function = function.__wrapped__
-    code = function.__code__
-    return code.co_code, code.co_names, code.co_varnames, code.co_consts
+    return getattr(function, "__code__", None)
 
 
 def head_norms(attention: Any) -> tuple[Any, Any] | None:

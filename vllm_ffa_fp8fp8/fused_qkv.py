@@ -73,6 +73,7 @@ def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
         way = f"one kernel from projection to cache up to {largest} tokens, beyond them two"
     logger.info_once("fused_kproj: %s runs %s.", name, way)
     attention.fused_path = FROM_PROJECTIONS if problem else FROM_HIDDEN_STATES
+    patches.split_graphs_at_fused_attention(vllm_config.compilation_config)
     patches.fuse_forward(_class_of_forward(attention), fused_forward)
     return FusedQKV(attention, heads, linear.input_size, largest)
 

@@ -62,15 +62,14 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.attention: torch.nn.Module | None = None  # the module that holds this layer
         if self.config.fused_kproj != "off":
             patches.note_attention_modules(type(self))
-        self._planes: KVPlanes | None = None
-        self._planes_key: tuple[int, torch.Size] | None = None
 
     def planes(self, kv_cache: torch.Tensor) -> KVPlanes:
         """The planes of `kv_cache`, uint8 `[num_blocks, num_kv_heads, page_size, bytes]`."""
-        key = (kv_cache.data_ptr(), kv_cache.shape)
-        if self._planes_key != key:
-            self._planes, self._planes_key = self.layout.split(kv_cache), key
-        return self._planes
+        # with the tensor, since whoever keeps them keeps the cache's memory
+        planes = getattr(kv_cache, "ffa_planes", None)
+        if planes is None:
+            planes = kv_cache.ffa_planes = self.layout.split(kv_cache)
+        return planes
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Fuses the attention module's forward, where that can be: only now it is complete."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -12,9 +13,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_ffa_fp8fp8.backend import decode_query_len, pruning_block_size
+from vllm_ffa_fp8fp8.backend import PREFERRED_PAGE_SIZE, decode_query_len, pruning_block_size
 from vllm_ffa_fp8fp8.kernels.decode_plan import DecodePlan
-from vllm_ffa_fp8fp8.refusals import check_kv_cache_spec
+from vllm_ffa_fp8fp8.refusals import OTHER_BACKEND, check_kv_cache_spec, refuse
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
@@ -72,7 +75,14 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         check_kv_cache_spec(kv_cache_spec)
         self._init_reorder_batch_threshold(decode_query_len(vllm_config))
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self.block_size = pruning_block_size(kv_cache_spec.block_size, impl.config)
+        page_size = kv_cache_spec.block_size
+        if page_size < PREFERRED_PAGE_SIZE:
+            logger.warning_once(
+                "FFA_FP8FP8 reads pages of %d tokens, which other backends' layers or "
+                "--block-size ask for; pages of %d are faster: set --block-size %d.",
+                page_size, PREFERRED_PAGE_SIZE, PREFERRED_PAGE_SIZE,
+            )  # fmt: skip
+        self.block_size = pruning_block_size(page_size, impl.config)
         self.delta = None
         if impl.config.prunes:
             self.delta = torch.tensor([impl.config.delta], dtype=torch.float32, device=device)
@@ -85,6 +95,8 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         fast_build: bool = False,
     ) -> FFAFP8FP8Metadata:
         common = common_attn_metadata
+        if common.causal is not True:
+            refuse("non-causal attention", OTHER_BACKEND)
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold, require_uniform=True
         )
@@ -107,13 +119,16 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         )
 
 
+def _seq_lens_host(seq_lens: torch.Tensor, upper_bound: torch.Tensor | None) -> torch.Tensor:
+    """Lengths on the host, or upper bounds of them where asking the device would wait for it."""
+    return seq_lens.cpu() if upper_bound is None or seq_lens.is_cpu else upper_bound
+
+
 def _prefill_batch(common: CommonAttentionMetadata, num_decodes: int) -> PrefillBatch:
     seq_lens = common.seq_lens[num_decodes : common.num_reqs]
     cu_seq_lens = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
     torch.cumsum(seq_lens, dim=0, out=cu_seq_lens[1:])
-    seq_lens_host = common.seq_lens_cpu_upper_bound
-    if seq_lens_host is None or common.seq_lens.is_cpu:
-        seq_lens_host = common.seq_lens.cpu()
+    seq_lens_host = _seq_lens_host(common.seq_lens, common.seq_lens_cpu_upper_bound)
     starts = common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist()
     return PrefillBatch(
         query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1] - starts[0],

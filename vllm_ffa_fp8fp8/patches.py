@@ -3,6 +3,8 @@ vLLM's behaviour alone wherever FFA_FP8FP8 is not the backend."""
 
 import copyreg
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -13,7 +15,7 @@ from vllm_ffa_fp8fp8.plugin import BACKEND_NAME, FUSED_ATTENTION_OP, register_ba
 def apply() -> None:
     """Applies every patch; called in each process that loads general plugins."""
     make_backend_picklable()
-    choose_and_check_backend()
+    _once_loaded("vllm.engine.arg_utils", choose_and_check_backend)
     offer_backend_on_cpu()
 
 
@@ -59,7 +61,7 @@ def choose_and_check_backend() -> None:
     def create_engine_config(self, *args, **kwargs):
         with _chosen_by_environment(self):
             vllm_config = original(self, *args, **kwargs)
-        if _is_chosen(vllm_config.attention_config):
+        if _is_chosen(vllm_config):
             _check_and_freeze_options(vllm_config)
         return vllm_config
 
@@ -147,8 +149,9 @@ def fuse_forward(attention_class: type, fused_forward: Callable) -> None:
     attention_class.forward = forward
 
 
-def _split_graphs_at_fused_attention(compilation_config) -> None:
-    """Lists our operator beside vLLM's attention operators where graphs are split at those.
+def split_graphs_at_fused_attention(compilation_config) -> None:
+    """Lists our operator beside vLLM's attention operators where graphs are split at those. vLLM
+    reads the list when it compiles, after weights are loaded.
 
     Symptom without it: a piecewise CUDA graph captures the operator with the slots and lengths
     of the capture, and later steps write to them. Can go with the operator.
@@ -182,8 +185,40 @@ def _chosen_by_environment(engine_args):
             del known_variables[envs.ATTENTION_BACKEND_VARIABLE]
 
 
-def _is_chosen(attention_config) -> bool:
-    backends = (attention_config.backend, *attention_config.backend_per_kind.values())
+def _once_loaded(module_name: str, patch: Callable[[], None]) -> None:
+    """Applies `patch` when the module is loaded: now, or when somebody first imports it. vLLM
+    starts processes that never do, and importing it takes a second."""
+    if module_name in sys.modules:
+        patch()
+        return
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name != module_name:
+                return None
+            sys.meta_path.remove(Finder)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+
+            def load_and_patch(module):
+                load(module)
+                patch()
+
+            spec.loader.exec_module = load_and_patch
+            return spec
+
+    if not any(getattr(finder, "waits_for", None) == module_name for finder in sys.meta_path):
+        Finder.waits_for = module_name
+        sys.meta_path.insert(0, Finder)
+
+
+def _is_chosen(vllm_config) -> bool:
+    """Whether some layer, of the model or of one that drafts for it, is to have our backend."""
+    attention, drafts = vllm_config.attention_config, vllm_config.speculative_config
+    backends = [attention.backend, *attention.backend_per_kind.values()]
+    if drafts is not None:
+        backends.append(drafts.attention_backend)
     return any(map(_is_ours, backends))
 
 
@@ -197,13 +232,17 @@ def _check_and_freeze_options(vllm_config) -> None:
 
     from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
     from vllm_ffa_fp8fp8.environment import fp8_available
-    from vllm_ffa_fp8fp8.refusals import check_batch_invariance, check_options, check_platform
+    from vllm_ffa_fp8fp8.refusals import (
+        check_batch_invariance,
+        check_engine,
+        check_options,
+        check_platform,
+    )
 
     check_platform(current_platform)
+    check_engine(vllm_config)
     options = FFAConfig.from_vllm_config(vllm_config)
     check_options(options, fp8_available())
-    if options.fused_kproj != "off":
-        _split_graphs_at_fused_attention(vllm_config.compilation_config)
     if envs.batch_invariant():
         check_batch_invariance(has_drafts=vllm_config.speculative_config is not None)
     # Workers read these, not their own environment or files, which may differ on another node.

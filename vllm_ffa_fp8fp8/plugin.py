@@ -1,5 +1,5 @@
-"""The entry points by which vLLM loads this plugin. Imports nothing heavy: every vLLM process on a
-machine with the plugin installed runs this, whether the backend is chosen or not."""
+"""The entry points by which vLLM loads this plugin. They load nothing that vLLM has not loaded:
+every vLLM process on a machine with the plugin runs them, whether the backend is chosen or not."""
 
 BACKEND_NAME = "FFA_FP8FP8"
 BACKEND_PATH = "vllm_ffa_fp8fp8.backend.FFAFP8FP8Backend"
@@ -25,11 +25,15 @@ def register() -> None:
 
     from vllm_ffa_fp8fp8 import compat, patches
 
+    logger = init_logger(f"vllm.{__name__}")
     if problem := compat.unsupported_vllm():
-        init_logger(f"vllm.{__name__}").warning_once(problem)
+        logger.warning_once(problem)
         return
-    register_backend()
-    patches.apply()
+    try:
+        register_backend()
+        patches.apply()
+    except Exception:  # whatever it is, vLLM without FFA_FP8FP8 is to go on
+        logger.warning("The attention backend FFA_FP8FP8 is not available.", exc_info=True)
 
 
 def register_backend():

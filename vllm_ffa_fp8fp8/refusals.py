@@ -76,7 +76,8 @@ def refusal_reasons(
         reasons.append(
             _text(
                 f"kv_cache_dtype {kv_cache_dtype!r}",
-                "it has its own FP8 cache format; leave --kv-cache-dtype at auto",
+                "it has its own FP8 cache format; set --kv-cache-dtype to bfloat16 or float16, "
+                "also where auto stands for what the checkpoint says",
             )
         )
     if block_size is not None and block_size % PAGE_SIZE_BASE:
@@ -105,23 +106,38 @@ def check_platform(platform: Any) -> None:
         return
     names = {"ROCm": platform.is_rocm(), "XPU": platform.is_xpu(), "TPU": platform.is_tpu()}
     name = next((name for name, found in names.items() if found), platform.device_name)
-    _refuse(f"the platform {name}", "it runs on CUDA and on CPU; remove --attention-backend")
+    refuse(f"the platform {name}", "it runs on CUDA and on CPU; remove --attention-backend")
 
 
 def check_options(options: Any, has_fp8: bool) -> None:
     """ValueError for what `options`, an FFAConfig, ask of a device that does not have it."""
     if options.v_cache_dtype == "fp8" and not has_fp8:
-        _refuse(
+        refuse(
             "v_cache_dtype fp8 on a GPU without FP8 (compute capability before 8.9)",
             "leave v_cache_dtype at auto, or use an Ada, Hopper or newer GPU",
         )
+
+
+def check_engine(vllm_config: Any) -> None:
+    """ValueError for what `vllm_config` asks of the engine around the layers."""
+    if vllm_config.parallel_config.use_ubatching:
+        refuse("microbatches (dual-batch overlap)", f"drop --enable-dbo, or {OTHER_BACKEND}")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method == "draft_model":
+        backend = speculative.attention_backend
+        if backend is None or backend.name == "FFA_FP8FP8":
+            refuse(
+                "drafts of a separate model (method draft_model)",
+                'give that model another backend, "attention_backend": "FLASH_ATTN" in '
+                "--speculative-config, or draft with ngram, eagle or mtp",
+            )
 
 
 def check_batch_invariance(has_drafts: bool) -> None:
     """ValueError for what VLLM_BATCH_INVARIANT=1 cannot be together with: drafts of the tokens
     to come, because those that are verified together decide together what is skipped."""
     if has_drafts:
-        _refuse(
+        refuse(
             "speculative decoding with batch invariance",
             "unset VLLM_BATCH_INVARIANT, or drop --speculative-config",
         )
@@ -144,27 +160,29 @@ def check_impl_arguments(
     num_kv_heads = num_kv_heads or num_heads
     group_size = num_heads / num_kv_heads
     if not group_size.is_integer() or not 1 <= group_size <= MAX_GROUP_SIZE:
-        _refuse(
+        refuse(
             f"{num_heads} query heads over {num_kv_heads} KV heads",
             f"a KV head may serve 1 to {MAX_GROUP_SIZE} query heads; {OTHER_BACKEND}",
         )
     if alibi_slopes is not None:
-        _refuse("ALiBi (alibi_slopes)", OTHER_BACKEND)
+        refuse("ALiBi (alibi_slopes)", OTHER_BACKEND)
     if sliding_window is not None:
-        _refuse(f"sliding window attention ({sliding_window} tokens)", OTHER_BACKEND)
+        refuse(f"sliding window attention ({sliding_window} tokens)", OTHER_BACKEND)
     if logits_soft_cap:
-        _refuse(f"logits_soft_cap {logits_soft_cap}", OTHER_BACKEND)
+        refuse(f"logits_soft_cap {logits_soft_cap}", OTHER_BACKEND)
     if attn_type != "decoder":
-        _refuse(_attention_type(attn_type), OTHER_BACKEND)
+        refuse(_attention_type(attn_type), OTHER_BACKEND)
     if kv_sharing_target_layer_name is not None:
-        _refuse(
+        refuse(
             f"sharing the KV cache of another layer ({kv_sharing_target_layer_name})", OTHER_BACKEND
         )
     if extra_impl_args.pop("sinks", None) is not None:
-        _refuse("attention with sinks", OTHER_BACKEND)
+        refuse("attention with sinks", OTHER_BACKEND)
+    if extra_impl_args.get("dual_chunk_attention_config") is not None:
+        refuse("dual chunk attention", OTHER_BACKEND)
     for name, value in extra_impl_args.items():
         if value is not None and value is not False:
-            _refuse(f"the attention argument {name}={value!r}", OTHER_BACKEND)
+            refuse(f"the attention argument {name}={value!r}", OTHER_BACKEND)
 
 
 def check_kv_cache_spec(spec: Any) -> None:
@@ -174,15 +192,15 @@ def check_kv_cache_spec(spec: Any) -> None:
 
     # A window or chunk on a full-attention spec: the layer was demoted to full attention's cache.
     if getattr(spec, "sliding_window", None) is not None:
-        _refuse(f"sliding window attention ({spec.sliding_window} tokens)", OTHER_BACKEND)
+        refuse(f"sliding window attention ({spec.sliding_window} tokens)", OTHER_BACKEND)
     if getattr(spec, "attention_chunk_size", None) is not None:
-        _refuse(f"chunked local attention ({spec.attention_chunk_size} tokens)", OTHER_BACKEND)
+        refuse(f"chunked local attention ({spec.attention_chunk_size} tokens)", OTHER_BACKEND)
     if type(spec) is not FullAttentionSpec:
-        _refuse(f"the cache of {type(spec).__name__}", OTHER_BACKEND)
+        refuse(f"the cache of {type(spec).__name__}", OTHER_BACKEND)
     if spec.head_size_v != spec.head_size:
-        _refuse(f"head_size_v {spec.head_size_v} beside head_size {spec.head_size}", OTHER_BACKEND)
+        refuse(f"head_size_v {spec.head_size_v} beside head_size {spec.head_size}", OTHER_BACKEND)
     if spec.non_causal:
-        _refuse("non-causal attention", OTHER_BACKEND)
+        refuse("non-causal attention", OTHER_BACKEND)
 
 
 def _attention_type(attn_type: str) -> str:
@@ -194,5 +212,6 @@ def _text(what: str, advice: str) -> str:
     return f"FFA_FP8FP8 does not support {what}: {advice}"
 
 
-def _refuse(what: str, advice: str) -> None:
+def refuse(what: str, advice: str) -> None:
+    """ValueError: this is not supported, do that instead."""
     raise ValueError(_text(what, advice))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_ffa_fp8fp8.impl import FFAFP8FP8Impl
+from vllm_ffa_fp8fp8.backend import layer_impls
 
 
 class WorkerExtension:
@@ -17,12 +17,7 @@ class WorkerExtension:
         `kept_blocks` and `total_blocks` are blocks times KV heads, and 0 unless the option
         `record_skip_ratio` is on. `cache_bytes_per_token` covers all layers and KV heads.
         """
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        impls = [
-            layer.impl
-            for layer in layers
-            if isinstance(getattr(layer, "impl", None), FFAFP8FP8Impl)
-        ]
+        impls = layer_impls(self.vllm_config)
         kept = total = 0
         for impl in impls:
             if impl.counters is not None:

@@ -109,6 +109,7 @@ def test_drafts_change_no_token(exact_run):
 def test_batch_invariant_answers_are_bit_equal(monkeypatch):
     """Alone, and among others that share its steps and cut its prompt elsewhere."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    asked = questions(5000, 3)
     first, *others = recall_prompts(5000, 3)
     batches = [[first], [others[0], first, others[1], others[0][:700]]]
     alone, among_others = run_ours(
@@ -116,6 +117,7 @@ def test_batch_invariant_answers_are_bit_equal(monkeypatch):
     ).batches
     assert alone[0]["tokens"] == among_others[1]["tokens"]
     assert alone[0]["best"] == among_others[1]["best"]
+    check_codes([{"text": alone[0]["text"].split("\n")[0]}], asked[:1])
 
 
 def test_serve_answers():

@@ -1,6 +1,9 @@
 """Attention modules of vLLM's models, run fused and by their own forward, on the CPU."""
 
 import dataclasses
+import functools
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -200,17 +203,53 @@ def test_problems_of_projections(distributed):
     assert "no" not in compat.projection_problem(torch.nn.Linear(2, 2), vllm_config)[:2]
 
 
-def test_graphs_are_split_at_the_operator():
+def test_graphs_are_split_at_the_operator(distributed):
     """Where they are split at vLLM's attention, and only if the operator is used."""
+    attention_op = "vllm::unified_attention_with_output"
 
     def splitting_ops(**options) -> list[str]:
-        config = EngineArgs(
-            model=str(MODEL),
-            attention_backend="FFA_FP8FP8",
-            additional_config={"ffa_fp8fp8": options},
-            compilation_config={"splitting_ops": ["vllm::unified_attention_with_output"]},
-        ).create_engine_config()
-        return config.compilation_config.splitting_ops
+        vllm_config = make_config(**options)
+        vllm_config.compilation_config.splitting_ops = [attention_op]
+        for _ in range(2):
+            make_attention(LlamaAttention, vllm_config)
+        return vllm_config.compilation_config.splitting_ops
 
-    assert FUSED_ATTENTION_OP in splitting_ops()
-    assert FUSED_ATTENTION_OP not in splitting_ops(fused_kproj="off")
+    assert splitting_ops() == [attention_op, FUSED_ATTENTION_OP]
+    assert splitting_ops(fused_kproj="off") == [attention_op]
+
+
+def test_every_class_is_wrapped_once(distributed):
+    hooks = torch.nn.modules.module._global_module_registration_hooks
+    vllm_config = make_config()
+    states = []
+    for _ in range(2):
+        make_attention(LlamaAttention, vllm_config)
+        states.append((LlamaAttention.forward, len(hooks)))
+    assert states[0] == states[1]
+    assert not hasattr(LlamaAttention.forward.__wrapped__, "__wrapped__")
+
+
+def test_forwards_that_others_replaced_stay(distributed, monkeypatch):
+    original = LlamaAttention.forward
+
+    def replaced(self, positions, hidden_states):
+        return original(self, positions, 2 * hidden_states)
+
+    for forward in (replaced, functools.wraps(original)(replaced), functools.partial(replaced)):
+        monkeypatch.setattr(LlamaAttention, "forward", forward)
+        assert not compat.is_fusable_forward(LlamaAttention.forward)
+    assert compat.is_fusable_forward(Qwen3Attention.forward)
+
+
+def test_planes_live_as_long_as_the_cache(distributed):
+    """The model can outlive the engine that used it, which frees the cache."""
+    attention = make_attention(LlamaAttention, make_config())
+    impl = attention.attn.impl
+    cache = torch.zeros(2, KV_HEADS, PAGE_SIZE, impl.layout.bytes_per_token, dtype=torch.uint8)
+    planes = impl.planes(cache)
+    assert impl.planes(cache) is planes
+    storage = weakref.ref(cache.untyped_storage())
+    planes = weakref.ref(planes.key)
+    del cache
+    gc.collect()
+    assert planes() is None and storage() is None

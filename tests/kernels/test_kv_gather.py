@@ -108,3 +108,15 @@ def test_huge_and_tiny_rows(device):
     assert_close(value, batch.value, 2**-4, 2**-13)
     close = torch.isclose(key.double(), batch.key.double(), rtol=0, atol=0)
     assert close.double().mean() > 0.99
+
+
+def test_nothing_is_written_beyond_the_outputs(device):
+    """Whatever the lengths on the device are."""
+    batch = make_batch(Case(lengths=(70, 33)))
+    table = batch.block_table.to(device)
+    cu_seqlens = torch.tensor([0, 70, 103], dtype=torch.int32, device=device)
+    memory = torch.full((2, 110, batch.case.num_kv_heads, batch.case.head_size), math.nan)
+    memory = memory.to(device, batch.case.dtype if device == "cuda" else torch.float32)
+    key, value = memory[:, :101]
+    gather_kv(batch.planes(device), table, cu_seqlens, 70, key, value)
+    assert memory[:, 101:].isnan().all() and not memory[:, :101].isnan().any()
