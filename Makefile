@@ -1,4 +1,3 @@
-# make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode | bench-serving | bench-kproj. PYTHON=... picks the interpreter, PORT=... the port.
 VENV ?= .venv
 PORT ?= 8000
 MODEL = tests/assets/recall-9m
@@ -7,10 +6,14 @@ READY = $(VENV)/.ready
 
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
-# Set-up leaves compiling to the first import, which is slow at every import where this variable forbids to keep it.
+# Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test serve doctor lint gpu-test bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo test serve doctor lint gpu-test bench-decode bench-serving bench-kproj clean
+
+help:
+	@echo "make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
+	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, ARGS='...' adds arguments."
 
 setup: $(READY)
 

@@ -1,4 +1,4 @@
-"""Pruned decode over dense FP8 + FP8-residual tensors: the seed design's interface."""
+"""Pruned decode over dense tensors, FP8 base and FP8 residual, without a page table."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton
 from .decode_attention import decode_attention
 from .decode_plan import DecodeLimits, DecodePlan, DecodeScratch
 from .page_layout import KVPlanes
+from .runtime import INTERPRETED
 
 
 def attn_forward_decode_fp8fp8(
@@ -24,13 +25,14 @@ def attn_forward_decode_fp8fp8(
 ) -> torch.Tensor | tuple[torch.Tensor, float]:
     """Decode attention over contiguous tensors, with the kernels of the paged cache.
 
-    Every request is one page. The residual is `K - k_fp8`, unscaled.
+    Every request is one page. The residual is `K - k_fp8`, unscaled. Needs a CUDA GPU, or
+    TRITON_INTERPRET=1.
 
     Args:
         q: `[B, 1, HQ, K]`, float16 or bfloat16.
         k_fp8: `[B, T, HKV, K]`, float8_e4m3fn, or q's dtype where FP8 is not available.
         v: `[B, T, HKV, V]`, of q's dtype, V = K.
-        k_residual: like `k_fp8`; needed if `use_fp8_residual` and K is FP8.
+        k_residual: like `k_fp8`, if K is FP8; needed there if `use_fp8_residual`.
         scale: factor on q . k; 1 / sqrt(K) if None.
         BS: tokens of a block; 16, 32, 64 or 128.
         SBS: tokens that are kept or skipped together, a divisor of BS; BS if None.
@@ -45,9 +47,9 @@ def attn_forward_decode_fp8fp8(
         `[B, HQ, V]` of q's dtype, and the skip ratio if asked for.
 
     Raises:
-        ValueError: shapes, dtypes or block sizes are not as above.
+        ValueError: shapes, dtypes, block sizes or devices are not as above.
     """
-    block_size = SBS or BS
+    block_size = BS if SBS is None else SBS
     _check(q, k_fp8, v, k_residual, BS, block_size, delta, precomputed_threshold, use_fp8_residual)
     batch, _, num_heads, head_size = q.shape
     seq_len, num_kv_heads = k_fp8.shape[1:3]
@@ -110,9 +112,17 @@ def _check(q, k, v, residual, BS, SBS, delta, threshold, use_residual) -> None:
         raise ValueError(f"q and k_fp8 must have groups of 1 to 16 heads, got {heads}")
     if q.shape[3] % 16 or any(t.stride(-1) != 1 for t in (q, k, v)):
         raise ValueError("K must be a multiple of 16, and the last dimension contiguous")
-    if use_residual and k.dtype == torch.float8_e4m3fn:
-        if residual is None or residual.shape != k.shape or residual.dtype != k.dtype:
-            raise ValueError("use_fp8_residual needs k_residual, float8_e4m3fn, like k_fp8")
+    fp8 = k.dtype == torch.float8_e4m3fn
+    if residual is None and use_residual and fp8:
+        raise ValueError("use_fp8_residual needs k_residual, float8_e4m3fn, like k_fp8")
+    if residual is not None:
+        if not fp8 or residual.shape != k.shape or residual.dtype != k.dtype:
+            found = f"{residual.dtype} {tuple(residual.shape)} beside {k.dtype} {tuple(k.shape)}"
+            raise ValueError(f"k_residual must be float8_e4m3fn, like k_fp8, got {found}")
+        if residual.stride(-1) != 1:
+            raise ValueError("the last dimension of k_residual must be contiguous")
+    if not (q.is_cuda or INTERPRETED):
+        raise ValueError(f"q must be on a CUDA GPU (or set TRITON_INTERPRET=1), got {q.device}")
     if BS not in (16, 32, 64, 128) or SBS not in (16, 32, 64, 128) or BS % SBS:
         raise ValueError(f"BS and SBS must be 16, 32, 64 or 128, SBS a divisor, got {BS}, {SBS}")
     if not delta >= 0:

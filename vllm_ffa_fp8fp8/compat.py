@@ -58,7 +58,7 @@ def load_flash_attention(head_size: int, batch_invariant: bool = False):
     except ImportError as error:
         raise ImportError(
             "FFA_FP8FP8 needs FlashAttention for prefill: this vLLM brings none for this GPU and "
-            "head size; install the extra: pip install 'vllm-ffa-fp8fp8[flash-attn]'"
+            "head size; pip install flash-attn"
         ) from error
 
     def attend(query, key, value, cu_query, cu_seq, max_query, max_seq, scale, output):

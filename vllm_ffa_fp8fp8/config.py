@@ -84,7 +84,8 @@ class FFAConfig:
     delta: float = _option(
         10.0, _delta, "a number >= 0 (log2 units), or null (.inf in YAML) for no pruning"
     )
-    """How far below the threshold a block's best score may lie, in log2 units, and be kept."""
+    """How far a block's best score may lie below that of the request's first and last tokens, in
+    log2 units, and be kept."""
 
     block_size: int | None = _option(
         None, _block_size, "one of 16, 32, 64, 128, or null for the kernel's page size"
@@ -213,12 +214,13 @@ def _checked(options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """`options` with every value in its stored form; ValueError names the first bad one and the
     `source` it came from."""
     known = {field.name: field for field in fields(FFAConfig)}
+    allowed = [*known, "preset"] if source.startswith("additional_config") else list(known)
     checked = {}
     for name, value in options.items():
         if name not in known:
             raise ValueError(
-                f"Unknown option {name!r} = {value!r} in {source}{_did_you_mean(name, known)}; "
-                f"allowed are {', '.join(known)}"
+                f"Unknown option {name!r} = {value!r} in {source}{_did_you_mean(name, allowed)}; "
+                f"allowed are {', '.join(allowed)}"
             )
         metadata = known[name].metadata
         try:

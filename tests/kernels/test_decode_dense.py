@@ -1,4 +1,4 @@
-"""The dense interface of the seed design: layouts, options and every refusal."""
+"""The dense interface: layouts, options and every refusal."""
 
 import math
 

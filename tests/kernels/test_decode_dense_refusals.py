@@ -51,6 +51,11 @@ def keys(*shape: int, dtype=FP8) -> dict:
         ({"k_residual": None}, "use_fp8_residual needs k_residual"),
         ({"k_residual": torch.zeros(2, 39, 2, 64, dtype=FP8)}, "like k_fp8"),
         ({"k_residual": torch.zeros(2, 40, 2, 64, dtype=HALF)}, "float8_e4m3fn, like k_fp8"),
+        (
+            {"k_fp8": torch.zeros(2, 40, 2, 64, dtype=HALF)},
+            "k_residual must be float8_e4m3fn, like k_fp8, got .* beside torch.float16",
+        ),
+        ({"SBS": 0}, "got 128, 0"),
         ({"BS": 48}, "BS and SBS must be 16, 32, 64 or 128, SBS a divisor, got 48, 48"),
         ({"BS": 256}, "got 256, 256"),
         ({"BS": 64, "SBS": 128}, "SBS a divisor, got 64, 128"),
