@@ -79,6 +79,8 @@ def decode_attention(
     tile_blocks = limits.tile_blocks(num_reqs)
     if fp8_key and not fp8_products:
         tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
+    num_warps = tuning.num_warps * (2 if rows > 32 else 1)
+    merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(head_size))
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
         "KEY_STRIDE": planes.key.stride(2),
@@ -131,9 +133,8 @@ def decode_attention(
         SCAN_STAGES=tuning.scan_stages,
         ATTEND_STAGES=attend_stages,
         MERGE_ROWS=rows,
-        MERGE_SLOTS=max(1, min(4, 32 // rows)),  # a warp each, as far as registers go
-        MERGE_UNROLL=max(1, tuning.merge_rows // rows),
-        num_warps=tuning.num_warps * (2 if rows > 32 else 1),
+        MERGE_SLOTS=max(1, merge_rows // max(1, rows // num_warps)),
+        num_warps=num_warps,
         maxnreg=tuning.max_registers if rows <= 16 else 255,
         **common,
     )

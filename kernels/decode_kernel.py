@@ -76,7 +76,6 @@ def decode_kernel(
     ATTEND_STAGES: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_SLOTS: tl.constexpr,
-    MERGE_UNROLL: tl.constexpr,
 ):
     """One program: one work item, one KV head, all query rows of its group.
 
@@ -230,6 +229,5 @@ def decode_kernel(
                 NUM_KV_HEADS * ROWS * HEAD_SIZE, NUM_KV_HEADS * ROWS,
                 output_stride_token, output_stride_head,
                 GROUP, QUERY_LEN, HEAD_SIZE, HEAD_SIZE_PADDED, MERGE_ROWS, MERGE_SLOTS,
-                MERGE_UNROLL,
             )
             tl.store(arrivals_ptr, 0)  # for the next launch

@@ -20,7 +20,8 @@ class DecodeTuning:
         scan_tokens: tokens of one step of the scan, for up to 8 query rows a KV head.
         scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
             that starts from its scores, and of the one that reads the base.
-        merge_rows: query rows of partial results that a warp asks for at a time in the merge.
+        merge_rows: partial results (a query row of an item, 128 elements) that a warp asks for at
+            a time in the merge, a power of two.
         num_warps: warps of a program.
         max_registers: registers of a thread, at most; fewer let more programs run at a time.
         score_bytes: about the most memory for scores that the scan hands on.
