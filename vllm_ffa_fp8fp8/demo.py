@@ -1,6 +1,8 @@
 """`make demo`: codes hidden in a long file, asked with FFA_FP8FP8 and with the default backend."""
 
 import argparse
+import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.demo_engine import run_engine
 from vllm_ffa_fp8fp8.demo_prompts import Question, make_questions
-from vllm_ffa_fp8fp8.environment import is_cpu_build, vllm_version
 
-MODEL = Path(__file__).resolve().parent.parent / "tests" / "assets" / "recall-9m"
+MODEL = Path("tests", "assets", "recall-9m")
 OURS = {
     "attention_backend": "FFA_FP8FP8",
     "worker_extension_cls": "vllm_ffa_fp8fp8.stats.WorkerExtension",
@@ -23,16 +26,27 @@ OURS = {
 }
 NOTES = 16
 DEFAULT_TOKENS = {"cpu": 12_000, "gpu": 16_000}
+ANSWER_ROOM = 32
+"""Tokens after a prompt: an answer, and some to spare."""
+NO_MODEL = (
+    f"The demo's model, {MODEL}, is part of the repository, and neither what is installed nor the "
+    "current folder is a clone of it: run this in a clone, or name a model with --model FOLDER."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokens", type=int, help="prompt length (default: 12000 on CPU, 16000 on a GPU)"
-    )
+        "--tokens", type=int, metavar="N",
+        help="prompt length, as far as the model's positions go (default: {cpu} on the CPU, {gpu} "
+        "on a GPU)".format_map(DEFAULT_TOKENS),
+    )  # fmt: skip
     parser.add_argument(
-        "--questions", type=int, default=4, help=f"codes to ask for, up to {NOTES} (default: 4)"
+        "--questions", type=int, default=4, metavar="N",
+        help=f"codes to ask for, 1 to {NOTES} (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="FOLDER", help=f"a model's folder (default: {MODEL} of the clone)"
     )
-    parser.add_argument("--model", default=str(MODEL), help="a folder (default: recall-9m)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,23 +57,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     console = Console()
-    if vllm_version() is None:
-        console.print("vLLM is not installed: `ffa-fp8fp8 doctor` says what to do.")
+    if environment.vllm_version() is None:
+        print("vLLM is not installed: `ffa-fp8fp8 doctor` says what to do.")
         return 1
-    if not Path(options.model, "tokenizer.json").is_file():
-        console.print(f"No model in {options.model}: run this in a clone, or use --model.")
+    model = options.model or find_model()
+    if problem := missing_model(model):
+        print(problem)
         return 1
-    tokens = options.tokens or DEFAULT_TOKENS["cpu" if is_cpu_build() else "gpu"]
-    count = token_counter(options.model)
-    questions = make_questions(tokens, count, asked=options.questions, notes=NOTES)
+    count = token_counter(model)
+    try:
+        tokens = prompt_length(options, model)
+        questions = make_questions(tokens, count, asked=options.questions, notes=NOTES)
+    except ValueError as error:
+        print(error)
+        return 2
     longest = max(count(question.prompt) for question in questions)
     console.print(
         f"{longest:,} tokens of Python source hide {NOTES} notes like\n"
         f"  [green]# note: the code of {questions[0].word} is {questions[0].code}.[/]\n"
-        f"{len(questions)} prompts ask for one code each, and end like\n"
+        f"Codes to ask for, one a prompt: {len(questions)}. Such a prompt ends like\n"
         f"  [green]# recall: the code of {questions[0].word} is[/]"
     )
-    shared = {"model": options.model, "max_model_len": longest + 32, "seed": 0}
+    shared = {"model": model, "max_model_len": longest + ANSWER_ROOM, "seed": 0}
     results = []
     for name, choice in (("FFA_FP8FP8", OURS), ("default backend", {})):
         job = {"llm": shared | choice, "prompts": [question.prompt for question in questions]}
@@ -67,6 +86,40 @@ def run(options: argparse.Namespace) -> int:
         if results[-1] is None:
             return 1
     return report(console, questions, *results)
+
+
+def find_model() -> str | None:
+    """The model of the clone that this is installed from (`pip install -e`), or that it runs in."""
+    for clone in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (clone / MODEL).is_dir():
+            return str(clone / MODEL)
+    return None
+
+
+def missing_model(model: str | None) -> str | None:
+    """Why no model can be read, or None."""
+    if model is None:
+        return NO_MODEL
+    needed = ("config.json", "tokenizer.json")
+    missing = [name for name in needed if not Path(model, name).is_file()]
+    return f"No model in {model}: it has no {' and no '.join(missing)}." if missing else None
+
+
+def prompt_length(options: argparse.Namespace, model: str) -> int:
+    """What the options ask for, of a length that the model has positions for. Raises ValueError."""
+    if not 1 <= options.questions <= NOTES:
+        raise ValueError(f"--questions is a number from 1 to {NOTES}, not {options.questions}")
+    config = json.loads(Path(model, "config.json").read_text())
+    positions = config.get("text_config", config).get("max_position_embeddings", math.inf)
+    most = positions - ANSWER_ROOM
+    if options.tokens is None:
+        return min(most, DEFAULT_TOKENS["cpu" if environment.is_cpu_build() else "gpu"])
+    if options.tokens > most:
+        raise ValueError(
+            f"--tokens {options.tokens} is too long: the model has {positions:,} positions, of "
+            f"which the answer takes {ANSWER_ROOM}; give {most} at most"
+        )
+    return options.tokens
 
 
 def token_counter(model: str) -> Any:
@@ -84,17 +137,17 @@ def watch(
         log = Path(folder, "vllm.log")
         start = time.monotonic()
         try:
-            with console.status(name) as status:
+            with console.status(Text(name)) as status:
                 for kind, value in run_engine(job, str(log), work):
                     if kind == "result":
-                        console.print(f"{name}: done in {time.monotonic() - start:.0f} s")
+                        console.print(Text(f"{name}: done in {time.monotonic() - start:.0f} s"))
                         return value
-                    status.update(f"{name}: {value}")
+                    status.update(Text(f"{name}: {value}"))
                     if not console.is_terminal:
-                        console.print(f"{name}: {value} ({time.monotonic() - start:.0f} s)")
+                        console.print(Text(f"{name}: {value} ({time.monotonic() - start:.0f} s)"))
         except RuntimeError as error:
-            console.print(escape(log.read_text(errors="replace")[-6000:]), style="dim")
-            console.print(f"[red]{name} failed[/]: {escape(str(error))}")
+            console.print(Text(log.read_text(errors="replace")[-6000:], style="dim"))
+            console.print(Text.assemble((f"{name} failed", "red"), f": {error}"))
     return None
 
 
@@ -130,6 +183,10 @@ def report(
     ):
         figures.add_row(label, show(ours), show(default))
     console.print(figures)
+    if environment.is_cpu_build():
+        console.print(
+            "On the CPU FFA_FP8FP8 runs in plain PyTorch: its times say nothing about a GPU."
+        )
 
     agreed = sum(our_answer == default_answer for our_answer, default_answer in pairs)
     wrong = sum(

@@ -38,8 +38,12 @@ def make_questions(
     words = draw_words(notes, rng)
     codes = ["".join(rng.choice("0123456789") for _ in range(5)) for _ in words]
     inserts = [NOTE.format(word=word, code=code) for word, code in zip(words, codes, strict=True)]
-    room = tokens - sum(map(count_tokens, inserts)) - count_tokens(QUESTION.format(word=words[0]))
-    lines = lines_that_fit(room, count_tokens)
+    least = sum(map(count_tokens, inserts)) + count_tokens(QUESTION.format(word=words[0]))
+    if tokens < least:
+        raise ValueError(
+            f"--tokens {tokens} is too short: the notes and the question alone take {least}"
+        )
+    lines = lines_that_fit(tokens - least, count_tokens)
     # One note in each of equal stretches of the file, anywhere in it, and none in its last tenth.
     depths = [0.9 * (place + rng.random()) / notes for place in range(notes)]
     for depth, note in reversed(list(zip(depths, inserts, strict=True))):

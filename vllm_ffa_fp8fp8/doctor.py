@@ -13,7 +13,8 @@ from rich.table import Table
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.compat import SUPPORTED_VLLM, unsupported_vllm
-from vllm_ffa_fp8fp8.environment import GPU
+from vllm_ffa_fp8fp8.environment import GPU, install_command
+from vllm_ffa_fp8fp8.refusals import MIN_COMPUTE_CAPABILITY
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 COLORS = {OK: "green", WARNING: "yellow", MISSING: "red"}
@@ -43,15 +44,20 @@ def main() -> int:
 
 def examine() -> Iterator[Finding]:
     gpu = environment.find_gpu()
+    parts = [*check_gpu(gpu), check_torch(gpu), check_triton(gpu), *check_vllm(gpu)]
+    missing = [part for part in parts if part.status == MISSING]
     yield check_python()
-    yield from check_gpu(gpu)
-    yield check_torch(gpu)
-    yield check_triton(gpu)
-    yield from check_vllm(gpu)
-    yield check_flash_attention(gpu)
+    yield from parts
+    yield blocked("prefill", missing) if missing else check_flash_attention(gpu)
+    yield blocked("decode", missing) if missing else Finding("decode", OK, decode_path(gpu))
     yield check_entry_points()
-    yield Finding("decode", OK, decode_path(gpu))
     yield check_options(gpu)
+
+
+def blocked(subject: str, missing: list[Finding]) -> Finding:
+    """A path that cannot run. vLLM, the last of the parts, brings those before it."""
+    names = ", ".join(dict.fromkeys(part.subject for part in missing))
+    return Finding(subject, MISSING, f"cannot run: see {names}", missing[-1].advice)
 
 
 def check_python() -> Finding:
@@ -64,8 +70,15 @@ def check_gpu(gpu: GPU | None) -> Iterator[Finding]:
         advice = "fine for trying it out: the torch path runs on the CPU"
         yield Finding("GPU", WARNING, "no NVIDIA GPU", advice)
         return
-    major, minor = gpu.capability
-    yield Finding("GPU", OK, f"{gpu.name}, compute capability {major}.{minor}")
+    found = f"{gpu.name}, compute capability {dotted(gpu.capability)}"
+    if not is_usable(gpu):
+        needed = f"needs {dotted(MIN_COMPUTE_CAPABILITY)} or newer"
+        if environment.is_cpu_build():
+            yield Finding("GPU", WARNING, found, f"{needed}; the CPU is used instead")
+        else:
+            yield Finding("GPU", MISSING, found, f"{needed}; {instead_of_cuda_build()}")
+        return
+    yield Finding("GPU", OK, found)
     if gpu.has_fp8:
         yield Finding("FP8", OK, "E4M3 in hardware")
     else:
@@ -75,7 +88,10 @@ def check_gpu(gpu: GPU | None) -> Iterator[Finding]:
 def check_torch(gpu: GPU | None) -> Finding:
     torch, problem = environment.import_module("torch")
     if torch is None:
-        return Finding("torch", MISSING, problem, "it comes with vLLM: see there")
+        return Finding("torch", MISSING, problem, f"it comes with vLLM: {install_vllm(gpu)}")
+    if gpu is None and torch.version.cuda:
+        found = f"{torch.__version__}, CUDA build, without a GPU"
+        return Finding("torch", MISSING, found, instead_of_cuda_build())
     if uses_cuda(gpu) and not torch.cuda.is_available():
         advice = "install a CUDA build of torch that fits the driver"
         return Finding("torch", MISSING, f"{torch.__version__} does not see the GPU", advice)
@@ -95,8 +111,7 @@ def check_triton(gpu: GPU | None) -> Finding:
 
 def check_vllm(gpu: GPU | None) -> Iterator[Finding]:
     version = environment.vllm_version()
-    extra = "cpu" if gpu is None else "cuda"
-    install = f"make setup, or pip install '.[{extra}]' in the clone"
+    install = install_vllm(gpu)
     if version is None:
         yield Finding("vLLM", MISSING, "not installed", install)
         return
@@ -107,7 +122,10 @@ def check_vllm(gpu: GPU | None) -> Iterator[Finding]:
     elif unsupported_vllm():
         advice = f"supported: {SUPPORTED_VLLM}; {install}"
         yield Finding("vLLM", MISSING, f"{version}, {build}", advice)
-    elif gpu and environment.is_cpu_build():
+    elif gpu is None and not environment.is_cpu_build():
+        found = f"{version}, {build}, without a GPU"
+        yield Finding("vLLM", MISSING, found, instead_of_cuda_build())
+    elif is_usable(gpu) and environment.is_cpu_build():
         yield Finding("vLLM", WARNING, f"{version}, {build}", f"the GPU stays unused: {install}")
     else:
         yield Finding("vLLM", OK, f"{version}, {build}")
@@ -133,7 +151,7 @@ def check_flash_attention(gpu: GPU | None) -> Finding:
         return Finding(subject, OK, f"FlashAttention {version} of vLLM")
     if extra := environment.version_of("flash-attn"):
         return Finding(subject, OK, f"flash-attn {extra}")
-    advice = "pip install '.[flash-attn]' in the clone"
+    advice = f"{install_command('flash-attn')} in the clone"
     return Finding(subject, MISSING, problem or "vLLM has no FlashAttention here", advice)
 
 
@@ -141,7 +159,7 @@ def check_entry_points() -> Finding:
     subject = "plugin"
     for group, value in ENTRY_POINTS.items():
         if value not in {point.value for point in importlib.metadata.entry_points(group=group)}:
-            advice = "pip install --no-deps . in the clone"
+            advice = "pip install --no-deps -e . in the clone"
             return Finding(subject, MISSING, f"vLLM sees no entry point in {group}", advice)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "ffa_fp8fp8" not in allowed.split(","):
@@ -173,7 +191,26 @@ def decode_path(gpu: GPU | None) -> str:
 
 
 def uses_cuda(gpu: GPU | None) -> bool:
-    return gpu is not None and not environment.is_cpu_build()
+    return is_usable(gpu) and not environment.is_cpu_build()
+
+
+def is_usable(gpu: GPU | None) -> bool:
+    return gpu is not None and gpu.capability >= MIN_COMPUTE_CAPABILITY
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def install_vllm(gpu: GPU | None) -> str:
+    extra = "cuda" if is_usable(gpu) else "cpu"
+    return f"make setup EXTRA={extra}, or {install_command(extra)} in the clone"
+
+
+def instead_of_cuda_build() -> str:
+    """What to do where the CUDA build of vLLM, if it is there, cannot run."""
+    remove = "pip uninstall vllm, then " if environment.version_of("vllm") else ""
+    return f"install the CPU build: {remove}{install_command('cpu')} in the clone"
 
 
 def as_table(findings: list[Finding]) -> Table:

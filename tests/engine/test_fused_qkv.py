@@ -253,3 +253,12 @@ def test_planes_live_as_long_as_the_cache(distributed):
     del cache
     gc.collect()
     assert planes() is None and storage() is None
+
+
+def test_operator_writes_where_the_graph_wants_it():
+    """A tensor of the operator's own would lie elsewhere at every replay of a piecewise graph."""
+    schema = torch.ops.vllm_ffa.fused_attention.default._schema
+    assert not schema.returns
+    assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == [
+        "output"
+    ]

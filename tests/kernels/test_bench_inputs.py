@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from vllm_ffa_fp8fp8 import bench_decode, bench_kproj
 from vllm_ffa_fp8fp8.bench import decoder as decoder_module
 from vllm_ffa_fp8fp8.bench import peers, sweep
 from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, OURS, Cell, Figure, Geometry, Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.store import Store
+from vllm_ffa_fp8fp8.kernels.projection_tuning import ProjectionTuning, RopeWriteTuning
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
 
@@ -86,6 +88,18 @@ def test_every_tuning_field_can_be_varied():
     for wrong in ("wavs=8", "waves", "waves=many"):
         with pytest.raises(ValueError, match=wrong):
             sweep.parse_tuning(wrong)
+
+
+@pytest.mark.parametrize(
+    "named, parameters",
+    [
+        (bench_decode.TUNING_FIELDS, DecodeTuning),
+        (bench_kproj.DECODE_FIELDS, ProjectionTuning),
+        (bench_kproj.PREFILL_FIELDS, RopeWriteTuning),
+    ],
+)
+def test_help_names_every_tuning_field(named, parameters):
+    assert list(named) == [field.name for field in dataclasses.fields(parameters)]
 
 
 def test_small_shapes_have_several_sets():

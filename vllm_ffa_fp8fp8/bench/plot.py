@@ -17,11 +17,14 @@ from vllm_ffa_fp8fp8.bench.cells import (
 from vllm_ffa_fp8fp8.bench.report import NAMES
 
 FORMATS = ("png", "svg")
+HEIGHT, LINE_HEIGHT, TITLE_HEIGHT = 4, 0.18, 0.3
+"""Inches of a picture, at least, of a line of its legend, and of its title."""
 PEER_STYLES = {FA3_BF16: "k-", FA3_FP8: "k--"}
 
 
 def plot_figures(figures: Figures, stem: Path, gpu: str) -> list[Path]:
-    """Writes `STEM-time`, `STEM-ratio` and `STEM-floor`; all figures are of one geometry."""
+    """Writes `STEM-time`, `STEM-ratio` and `STEM-floor`, those that have a line to draw; all
+    figures are of one geometry."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,13 +53,15 @@ def describe(geometry: Geometry) -> str:
 def _panels(count: int):
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(2 + 4 * count, 4), layout="constrained")
+    picture = Figure(figsize=(2 + 4 * count, HEIGHT), layout="constrained")
     return picture, picture.subplots(1, count, squeeze=False)[0]
 
 
 def _legend(picture, axes) -> None:
-    """Beside the panels, which all have the lines of `axes`."""
-    picture.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    """Beside the panels, which all have the lines of `axes`, and below the height of the title."""
+    handles, labels = axes.get_legend_handles_labels()
+    picture.set_figheight(max(HEIGHT, LINE_HEIGHT * (len(labels) + 1) + 2 * TITLE_HEIGHT))
+    picture.legend(handles, labels, loc="outside right center", fontsize="small")
 
 
 def _ours(figures: Figures, value_dtype: str | None = None) -> list[Cell]:
@@ -110,7 +115,7 @@ def _points(figures: Figures, matches) -> tuple[list[int], list[float]]:
 def draw_ratios(figures: Figures):
     """How many times faster than each peer over the kept fraction, a line for each shape."""
     peers = [peer for peer in PEERS if any(cell.series == peer for cell in figures)]
-    if not peers or not _ours(figures):
+    if not peers or not _has_lines(figures):
         return None
     picture, panels = _panels(len(peers))
     for peer, axes in zip(peers, panels, strict=True):
@@ -129,7 +134,7 @@ def draw_ratios(figures: Figures):
 
 def draw_floor(figures: Figures):
     """Fraction of the byte floor over the kept fraction, a line for each shape."""
-    if not _ours(figures):
+    if not _has_lines(figures):
         return None
     picture, (axes,) = _panels(1)
     for label, style, cells in _lines(figures):
@@ -142,6 +147,11 @@ def draw_floor(figures: Figures):
     axes.set(xlabel="kept fraction", ylabel="fraction of the byte floor", ylim=(0, 1.05))
     _legend(picture, axes)
     return picture
+
+
+def _has_lines(figures: Figures) -> bool:
+    """Whether anything was timed at several kept fractions; else a picture is of lone points."""
+    return any(len(cells) > 1 for _, _, cells in _lines(figures))
 
 
 def _lines(figures: Figures):

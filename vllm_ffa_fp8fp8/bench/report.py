@@ -1,10 +1,12 @@
 """Figures as tables."""
 
 import sys
+import textwrap
 from itertools import groupby
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from vllm_ffa_fp8fp8.bench.bars import judge
@@ -21,11 +23,40 @@ from vllm_ffa_fp8fp8.bench.cells import (
 
 NAMES = {FA3_BF16: "FA3 bf16", FA3_FP8: "FA3 fp8"}
 CACHED = "*"
+BARS_NOTE = (
+    "Bars: targets set in vllm_ffa_fp8fp8/bench/bars.py, the least fractions of the byte floor or "
+    "speed-ups over FA3."
+)
+NO_LIMIT = 10_000
+HEADING_WIDTH = 7
 
 
 def console() -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    """As wide as the terminal; takes text as it stands, brackets too."""
+    width = None if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def show_table(screen: Console, table: Table) -> None:
+    """As Markdown where that fits, which it always does where there is no terminal."""
+    options = screen.options.update_width(NO_LIMIT)
+    needed = Measurement.get(screen, options, table).maximum
+    if not screen.is_terminal:
+        screen.width = max(screen.width, needed)
+    narrow = needed > screen.width
+    if narrow:
+        fold(table)
+    screen.print(table)
+    if narrow:
+        screen.line()  # as Markdown's empty edge is
+
+
+def fold(table: Table) -> None:
+    """Folds headings and, where that is not enough, cells; only space is between the columns."""
+    table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, 0
+    for column in table.columns:
+        column.header = textwrap.fill(column.header, HEADING_WIDTH, break_long_words=False)
+        column.no_wrap, column.overflow = False, "fold"
 
 
 def table(title: str, *headings: str) -> Table:

@@ -3,15 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from vllm_ffa_fp8fp8.bench.cells import PEERS, Cell, Figure, Figures, Geometry, Shape
 
 OUR_FILES = ("inputs.py", "timing.py", "decoder.py")
 PEER_FILES = ("inputs.py", "timing.py", "peers.py")
+NUMBER = (int, float)
+OTHER_KINDS = {"records": "bench-serving", "prefill": "bench-kproj"}
+"""Where other benchmarks keep their figures in a file, by which it is told."""
 
 
 def fingerprint(*packages: str, only: tuple[str, ...] = ()) -> str:
@@ -97,23 +101,63 @@ def as_record(cell: Cell, figure: Figure) -> dict:
     return record
 
 
-def read_figures(paths: Iterable[Path]) -> tuple[dict[str, str], Figures]:
-    """Environment (of the last file) and figures of result files. Raises ValueError with the
-    file's name where one is not of this kind."""
+def read_figures(
+    paths: Iterable[Path], tell: Callable[[str], None] = print
+) -> tuple[dict[str, str], Figures]:
+    """Environment (of the last file) and figures of result files. Files of other benchmarks are
+    told and skipped. Raises ValueError with a file's name and what is wrong with it."""
     environment, figures = {}, {}
     for path in paths:
         try:
-            content = json.loads(path.read_text())
-            environment, geometry = content["environment"], Geometry(**content["geometry"])
-            for record in content["figures"]:
-                cell = Cell(
-                    Shape(geometry, record["batch"], record["seq_len"]), record["series"],
-                    record["value_dtype"], record["kept"], record["tuning"],
-                )  # fmt: skip
-                figures[cell] = Figure(
-                    record["us"], record["floor_us"], record["measured_kept"], record["error"],
-                    record["code"], cached=True,
-                )  # fmt: skip
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no figures of bench-decode: {error!r}") from error
+            content = read_object(path)
+            if kind := next((kind for key, kind in OTHER_KINDS.items() if key in content), None):
+                tell(f"{path} is skipped: it holds figures of {kind}.")
+                continue
+            environment, found = parse_figures(content)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path} holds no figures of bench-decode: {reason}") from error
+        figures |= found
     return environment, figures
+
+
+def read_object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except UnicodeDecodeError:
+        raise ValueError("it is not text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON, see line {error.lineno}") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
+def parse_figures(content: dict) -> tuple[dict[str, str], Figures]:
+    """Environment and figures of a file. Raises ValueError."""
+    environment, sizes = entry(content, "environment", dict), entry(content, "geometry", dict)
+    entry(environment, "gpu", str)
+    geometry = Geometry(*(entry(sizes, field.name, int) for field in fields(Geometry)))
+    records = entry(content, "figures", list)
+    return environment, dict(parse_record(record, geometry) for record in records)
+
+
+def parse_record(record: dict, geometry: Geometry) -> tuple[Cell, Figure]:
+    cell = Cell(
+        Shape(geometry, entry(record, "batch", int), entry(record, "seq_len", int)),
+        entry(record, "series", str),
+        entry(record, "value_dtype", str),
+        entry(record, "kept", NUMBER),
+        entry(record, "tuning", str),
+    )
+    numbers = (entry(record, name, NUMBER) for name in ("us", "floor_us", "measured_kept", "error"))
+    return cell, Figure(*numbers, entry(record, "code", str), cached=True)
+
+
+def entry(record: dict, name: str, kind: type | tuple[type, ...]) -> Any:
+    """A value of a file. Raises ValueError where it is missing or of another kind."""
+    if not isinstance(record, dict) or name not in record:
+        raise ValueError(f"an entry {name!r} is missing")
+    if not isinstance(record[name], kind):
+        raise ValueError(f"the entry {name!r} cannot be {record[name]!r}")
+    return record[name]
