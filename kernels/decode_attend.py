@@ -107,16 +107,18 @@ def attend_blocks(
     KEY_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    UNIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr, FROM_SCORES: tl.constexpr,
+    UNIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
+    FROM_SCORES: tl.constexpr, RAISE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Adds the blocks of a chunk that are `kept` (of `scan_blocks`) to a running softmax.
 
-    FROM_SCORES: the scan's scores stand for the dot with the base, which is not read again;
-    `reference` is at least their maximum, beyond which the residual moves none by much. Otherwise
-    the blocks are the first `num_blocks` ones. See `scan_blocks` for the arguments and
+    FROM_SCORES: the scan's scores stand for the dot with the base, which is not read again.
+    Otherwise the blocks are the first `num_blocks` ones. RAISE: `reference` rises with the scores;
+    otherwise it is near their maximum, as the residual does not move it beyond what bfloat16
+    weights hold. See `scan_blocks` for the arguments and
     `softmax_update` for the state, which is returned.
     """
     tokens = tl.arange(0, BLOCK_SIZE)
@@ -167,7 +169,7 @@ def attend_blocks(
         if FROM_SCORES:
             scores += load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
         scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
-        if not FROM_SCORES:
+        if RAISE:
             accumulator, weight_sums, reference = raise_reference(
                 accumulator, weight_sums, reference, tl.max(scores, axis=0)
             )

@@ -14,6 +14,9 @@ from .runtime import compute_dtype
 ANCHOR_TOKENS = 16
 """How many of a request's first and of its last tokens set the threshold."""
 
+MAX_QUERY_ROWS = 64
+"""Query rows of a KV head, at most: its query heads, of all query tokens of a request."""
+
 
 def decode_attention(
     query: torch.Tensor,
@@ -42,7 +45,8 @@ def decode_attention(
 
     Args:
         query: `[num_reqs * query_len, num_heads, head_size]`, float16 or bfloat16: the last
-            `query_len` tokens of every request, which see their past and themselves.
+            `query_len` tokens of every request, which see their past and themselves; at most
+            MAX_QUERY_ROWS rows a KV head.
         planes: the cache; see `PageLayout.split`.
         block_table: int32 `[num_reqs, max_pages]`.
         seq_lens: int32 `[num_reqs]`, query tokens included; 0 is a padding row, whose output
@@ -55,7 +59,8 @@ def decode_attention(
             is pruned.
         min_context: requests with fewer tokens run unpruned.
         precomputed_threshold: a tensor: thresholds, float32 `[num_reqs * query_len, num_heads]`,
-            log2 units; True: compute them in a kernel of their own; False: in every program.
+            contiguous, log2 units, in use where `delta` is finite and the request not shorter than
+            `min_context`; True: compute them in a kernel of their own; False: in every program.
         counters: int64 `[2]`, to which kept and all blocks are added.
     """
     num_heads, head_size = query.shape[1:]
@@ -66,6 +71,10 @@ def decode_attention(
     num_kv_heads = planes.num_kv_heads
     group = num_heads // num_kv_heads
     rows = triton.next_power_of_2(group * query_len)
+    assert num_heads % num_kv_heads == 0 and rows <= MAX_QUERY_ROWS
+    assert (num_heads, num_kv_heads) == (limits.num_heads, limits.num_kv_heads)
+    assert delta is None or delta.shape[0] in (1, num_reqs)
+    assert query.stride(2) == output.stride(2) == block_table.stride(1) == 1
     residual, exponent = planes.key_residual, planes.key_exponent
     value_exponent = planes.value_exponent
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
@@ -100,6 +109,8 @@ def decode_attention(
     delta_stride = int(delta is not None and delta.shape[0] > 1)
     if isinstance(precomputed_threshold, torch.Tensor):
         threshold = precomputed_threshold
+        assert threshold.shape == query.shape[:2] and threshold.is_contiguous()
+        assert threshold.dtype == torch.float32
     elif precomputed_threshold and delta is not None:
         decode_threshold_kernel[(num_reqs, num_kv_heads)](
             threshold, query, planes.key, exponent, block_table, seq_lens, delta, scale_log2,

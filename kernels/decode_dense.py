@@ -77,6 +77,9 @@ def attn_forward_decode_fp8fp8(
         value_dtype=v.dtype,
     )
     seq_lens = torch.full((batch,), seq_len, dtype=torch.int32, device=device)
+    threshold = False
+    if precomputed_threshold is not None:
+        threshold = precomputed_threshold.float().contiguous()
     output = torch.empty(batch, num_heads, head_size, dtype=q.dtype, device=device)
     counters = torch.zeros(2, dtype=torch.int64, device=device) if return_skip_ratio else None
     decode_attention(
@@ -89,7 +92,7 @@ def attn_forward_decode_fp8fp8(
         output,
         scale=head_size**-0.5 if scale is None else scale,
         delta=torch.tensor([delta], dtype=torch.float32, device=device),
-        precomputed_threshold=False if precomputed_threshold is None else precomputed_threshold,
+        precomputed_threshold=threshold,
         counters=counters,
     )
     if counters is None:
@@ -121,6 +124,8 @@ def _check(q, k, v, residual, BS, SBS, delta, threshold, use_residual) -> None:
             raise ValueError(f"k_residual must be float8_e4m3fn, like k_fp8, got {found}")
         if residual.stride(-1) != 1:
             raise ValueError("the last dimension of k_residual must be contiguous")
+    if any(t is not None and t.shape[1] * t.stride(1) >= 2**31 for t in (k, v, residual)):
+        raise ValueError("k_fp8, k_residual and v must have fewer than 2^31 elements a request")
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"q must be on a CUDA GPU (or set TRITON_INTERPRET=1), got {q.device}")
     if BS not in (16, 32, 64, 128) or SBS not in (16, 32, 64, 128) or BS % SBS:

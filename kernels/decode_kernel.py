@@ -153,6 +153,9 @@ def decode_kernel(
     accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
     weight_sums = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
     reference = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
+    # The scan's maximum is a reference for free, where the block that has it is kept for sure and
+    # weights have room for what the residual adds.
+    RAISE: tl.constexpr = (not PRUNE) or HAS_THRESHOLD or VALUE_DTYPE == tl.float16
     total_kept = 0
     for chunk_begin in range(block_begin, block_end, CHUNK_BLOCKS):
         chunk_end = tl.minimum(chunk_begin + CHUNK_BLOCKS, block_end)
@@ -172,9 +175,10 @@ def decode_kernel(
                 BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT,
                 DTYPE, SCAN_STAGES,
             )
-            accumulator, weight_sums, reference = raise_reference(
-                accumulator, weight_sums, reference, largest
-            )
+            if not RAISE:
+                accumulator, weight_sums, reference = raise_reference(
+                    accumulator, weight_sums, reference, largest
+                )
             num_attended = num_kept(kept, kept_late)
             tl.debug_barrier()  # scores are written by some threads, read by others
         accumulator, weight_sums, reference = attend_blocks(
@@ -186,7 +190,7 @@ def decode_kernel(
             value_exponent_stride_page,
             KEY_STRIDE, RESIDUAL_STRIDE, VALUE_STRIDE,
             ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE, UNIT,
-            WHOLE_PAGES, PARTS, PRUNE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
+            WHOLE_PAGES, PARTS, PRUNE, RAISE, HAS_RESIDUAL, HAS_EXPONENT, HAS_VALUE_EXPONENT,
             RESIDUAL_SCALE, DTYPE, VALUE_DTYPE, ATTEND_STAGES,
         )
         total_kept += num_attended

@@ -262,6 +262,7 @@ class DecodePlan:
         """
         limits, num_reqs = self.limits, seq_lens.shape[0]
         assert num_reqs <= limits.num_reqs
+        assert self.num_items == limits.max_items, "this is a plan that was cut to a batch"
         tuning = limits.tuning_of(num_reqs)
         num_items = limits.num_items(num_reqs)
         items = 32

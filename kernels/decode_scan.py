@@ -118,7 +118,8 @@ def scan_blocks(
     largest = tl.full([TILE, ROWS_PADDED], float("-inf"), tl.float32)
     num_blocks = chunk_end - chunk_begin
     seen_by_all = tl.minimum(seq_len - QUERY_LEN + 1, chunk_end * BLOCK_SIZE)
-    threshold /= factor  # of scores without it
+    # of scores without the factor; no rounding drops the block that the threshold is from
+    threshold = (threshold - tl.abs(threshold) * 1e-6) / factor
     for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=STAGES):
         position = (chunk_begin + index) * BLOCK_SIZE
         exponents = load_tile_exponents(

@@ -90,12 +90,12 @@ def write_kv(
 
     Args:
         key, value: `[num_tokens, num_kv_heads, head_size]`, float16 or bfloat16, last dimension
-            contiguous; rows beyond `slot_mapping` are ignored.
+            contiguous; rows beyond `slot_mapping`, and slots beyond them, are ignored.
         planes: the cache; see `PageLayout.split`.
         slot_mapping: int64 `[<= num_tokens]`, page * page_size + offset; negative slots are
             padding and are not written.
     """
-    num_tokens = slot_mapping.shape[0]
+    num_tokens = min(slot_mapping.shape[0], key.shape[0])
     if num_tokens == 0:
         return
     assert key.stride(-1) == 1 and value.stride(-1) == 1

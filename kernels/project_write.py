@@ -294,7 +294,7 @@ def project_rope_and_write(
         heads.key_norm,
         *plane_arguments(planes if write else None),
         num_tokens,
-        slot_mapping.shape[0] if write else 0,
+        min(slot_mapping.shape[0], num_tokens) if write else 0,
         hidden_size,
         hidden_states.stride(0),
         weight.stride(0),

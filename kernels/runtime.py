@@ -17,6 +17,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype in which tiles of `dtype` enter `tl.dot`.
 
-    The interpreter holds bfloat16 as integers, so its arithmetic is only right in float32.
+    The interpreter holds bfloat16 and E4M3 as integers, so its arithmetic is only right in float32.
     """
-    return tl.float32 if INTERPRETED else TRITON_DTYPES[dtype]
+    if INTERPRETED and dtype != torch.float16:
+        return tl.float32
+    return TRITON_DTYPES[dtype]

@@ -34,7 +34,7 @@ def errors(run: Run, batches: list[list[list[int]]]) -> tuple[torch.Tensor, torc
         for prompt, answer in zip(prompts, answers, strict=True):
             exact = logprobs(prompt, answer["tokens"])
             for row, token, best in zip(exact, answer["tokens"], answer["best"], strict=True):
-                off += [logprob - float(row[other]) for logprob, other in best]
+                off += [logprob - float(row[other]) for logprob, other in best[:2]]
                 regret.append(float(row.max() - row[token]))
     return torch.tensor(off), torch.tensor(regret)
 

@@ -17,7 +17,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     llm = LLM(**job["llm"])
     query_lens = record_decode_query_lens()
-    sampling = SamplingParams(temperature=0, logprobs=2, **job["sampling"])
+    sampling = SamplingParams(temperature=0, logprobs=4, **job["sampling"])
     counts_skips = "worker_extension_cls" in job["llm"]
     batches, skips = [], []
     for prompts in job["batches"]:
@@ -60,9 +60,9 @@ def as_answer(output: Any) -> dict[str, Any]:
     return {
         "text": completion.text,
         "tokens": list(completion.token_ids),
-        # of each token: the two best, best first
+        # of each token: the best ones, best first
         "best": [
-            sorted(((entry.logprob, token) for token, entry in step.items()), reverse=True)[:2]
+            sorted(((entry.logprob, token) for token, entry in step.items()), reverse=True)
             for step in completion.logprobs
         ],
         "num_prompt_tokens": len(output.prompt_token_ids),

@@ -84,7 +84,7 @@ def test_small_prefills_run_in_piecewise_graphs():
     batches = [[question.prompt] for question in asked]
     run = run_ours(batches, ANSWER, {"preset": "balanced"}, **GPU)
     check_graphs(run)
-    assert "PIECEWISE" in run.facts["captured_modes"]
+    assert "Capturing CUDA graphs (PIECEWISE)" in run.log
     check_codes([answer for (answer,) in run.batches], asked)
     for (answer,) in run.batches[1:]:
         assert 0 < answer["num_prompt_tokens"] - answer["num_cached_tokens"] < 256

@@ -197,3 +197,17 @@ def test_the_delta_of_these_tests_is_no_borderline():
     delta = pick_delta(inputs, 64)
     kept = [oracle(inputs, 64, delta + nudge)[1] for nudge in (-ROUNDING, ROUNDING)]
     assert torch.equal(*kept)
+
+
+def test_residual_moves_large_scores_within_float16(device):
+    """Logits in the hundreds, a residual that moves them by more than float16 weights hold."""
+    inputs = make(torch.float16, batch=1, length=300)
+    key = torch.randn(1, 300, 2, 64, generator=torch.Generator().manual_seed(1)) / 8
+    key[:, [5, 150, 290], :, 0] = torch.tensor([136.0, 135.0, 135.5])[None, :, None]
+    inputs["k_fp8"] = key.to(FP8)
+    inputs["k_residual"] = (key - inputs["k_fp8"].float()).to(FP8)
+    inputs["q"][..., 0] = 32.0
+    options = {"BS": 64, "delta": 200.0}
+    output = call(device, inputs, **options)
+    exact, _, plain = oracle(inputs, 64, 200.0)
+    assert_within_budget(output, exact, plain)
