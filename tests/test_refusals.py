@@ -36,7 +36,7 @@ PLAIN_LAYER = dict(
 REFUSED_LAYERS = [
     ({"head_size": 192}, "head_size 192", "64, 80, 96, 128, 256"),
     ({"dtype": torch.float32}, "dtype float32", "set --dtype to bfloat16 or float16"),
-    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'", "set --kv-cache-dtype to bfloat16"),
+    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'", "set --kv-cache-dtype to the model's"),
     ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype 'nvfp4'", "its own FP8 cache format"),
     ({"block_size": 24}, "block_size 24", "--block-size to a multiple of 16"),
     ({"device_capability": DeviceCapability(7, 5)}, "compute capability 7.5", "8.0 or newer"),

@@ -76,8 +76,8 @@ def refusal_reasons(
         reasons.append(
             _text(
                 f"kv_cache_dtype {kv_cache_dtype!r}",
-                "it has its own FP8 cache format; set --kv-cache-dtype to bfloat16 or float16, "
-                "also where auto stands for what the checkpoint says",
+                "it has its own FP8 cache format; set --kv-cache-dtype to the model's dtype, "
+                "bfloat16 or float16, also where auto stands for what the checkpoint says",
             )
         )
     if block_size is not None and block_size % PAGE_SIZE_BASE:

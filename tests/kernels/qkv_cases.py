@@ -47,7 +47,7 @@ class QKVCase(Case):
             norms = (1 + 0.3 * self.normal(2, self.head_size, seed=1)).to(device, self.dtype)
         return QKVHeads(
             self.num_heads, self.num_kv_heads, self.head_size, cos_sin.to(device),
-            self.is_neox_style, norms[0], norms[1], 1e-5 if self.norm else 0.0,
+            self.is_neox_style, norms[0], norms[1], 0.1 if self.norm else 0.0,
         )  # fmt: skip
 
     def positions(self) -> torch.Tensor:

@@ -141,12 +141,14 @@ def test_one_delta_or_one_a_request(device):
     assert [bool(k.all()) for k in kept] == [False, True, False]
 
 
-def test_min_context(device):
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_min_context(device, precomputed):
     """Requests below it run unpruned, and one of just that length is pruned."""
     batch = make_batch(Case((100, 150, 149), block_size=16))
     delta = choose_delta(batch)
-    check(batch, device, delta, min_context=150)
-    kept = probe_kept(batch, device, delta, min_context=150)
+    options = {"min_context": 150, "precomputed_threshold": precomputed}
+    check(batch, device, delta, **options)
+    kept = probe_kept(batch, device, delta, **options)
     assert [bool(k.all()) for k in kept] == [True, False, True]
 
 
