@@ -9,7 +9,7 @@ from .page_layout import KVPlanes
 from .paged_rows import load_rows, load_scales, token_pages, token_pointers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # batches share one compilation
 def _kv_gather_kernel(
     key_ptr,
     value_ptr,

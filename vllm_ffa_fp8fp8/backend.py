@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.environment import fp8_available
+from vllm_ffa_fp8fp8.kernels.decode_attention import MAX_QUERY_ROWS
 from vllm_ffa_fp8fp8.kernels.page_layout import PageLayout
 from vllm_ffa_fp8fp8.plugin import BACKEND_NAME
 from vllm_ffa_fp8fp8.refusals import check_kv_cache_spec, check_options, refusal_reasons
@@ -18,7 +19,7 @@ from vllm_ffa_fp8fp8.refusals import check_kv_cache_spec, check_options, refusal
 PREFERRED_PAGE_SIZE = 64
 MAX_QUERY_LEN = 8
 """Query tokens of a request that decode takes."""
-MAX_QUERY_ROWS = {torch.bfloat16: 64, torch.float16: 32}
+DECODED_ROWS = {torch.bfloat16: MAX_QUERY_ROWS, torch.float16: 32}
 """Query rows of a KV head (its query heads, of all query tokens) that decode takes, by the model's
 dtype: more do not fit the shared memory of compute capability 8.9 (float16: were not tried)."""
 
@@ -63,7 +64,7 @@ def decode_query_len(vllm_config) -> int:
     group = max(impl.num_heads // impl.num_kv_heads for impl in layer_impls(vllm_config))
     rows = query_len * group
     dtype = vllm_config.model_config.dtype
-    fits = query_len <= MAX_QUERY_LEN and rows <= MAX_QUERY_ROWS[dtype]
+    fits = query_len <= MAX_QUERY_LEN and rows <= DECODED_ROWS[dtype]
     return query_len if fits else 1
 
 

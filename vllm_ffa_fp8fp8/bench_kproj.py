@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"bench-kproj times kernels on an NVIDIA GPU with FP8: {problem}.")
         return 1
     if environment.vllm_version() is None:
-        print("vLLM is not installed: `ffa-fp8fp8 doctor` says what to do.")
+        print(environment.NO_VLLM)
         return 1
     try:
         check_variants(options)

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     gpu = environment.find_gpu()
     if environment.vllm_version() is None:
-        print("vLLM is not installed: `ffa-fp8fp8 doctor` says what to do.")
+        print(environment.NO_VLLM)
         return 1
     on_gpu = gpu is not None and not environment.is_cpu_build()
     if not on_gpu and options.model != "tiny":

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     console = Console()
     if environment.vllm_version() is None:
-        print("vLLM is not installed: `ffa-fp8fp8 doctor` says what to do.")
+        print(environment.NO_VLLM)
         return 1
     model = options.model or find_model()
     if problem := missing_model(model):

