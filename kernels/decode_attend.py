@@ -100,7 +100,7 @@ def load_scores(
 def attend_blocks(
     accumulator, weight_sums, reference,
     query, factor, limits, kept, kept_late, num_blocks,
-    chunk_begin, seq_len, places, scores_ptr,
+    first_block, step, seq_len, places, scores_ptr,
     key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
     key_stride_page, residual_stride_page,
     exponent_stride_page, value_stride_page, value_exponent_stride_page,
@@ -127,21 +127,21 @@ def attend_blocks(
         index = rank
         if FROM_SCORES:
             index, kept, kept_late = first_kept(kept, kept_late)
-        position = (chunk_begin + index) * BLOCK_SIZE
-        positions = position + tokens
+        positions = (first_block + index * step) * BLOCK_SIZE + tokens
+        valid = positions < seq_len
         value = load_columns(
             tile_pointers(
                 value_ptr, places, index, tokens, value_stride_page, VALUE_STRIDE, PAGE_SIZE,
                 BLOCK_SIZE, UNIT, BLOCK_SIZE,
             ),
-            columns, positions < seq_len, HEAD_SIZE,
+            columns, valid, HEAD_SIZE,
         ).to(VALUE_DTYPE)
         value_exponents = load_tile_exponents(
-            value_exponent_ptr, places, index, tokens, position, seq_len,
-            value_exponent_stride_page, PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_VALUE_EXPONENT,
+            value_exponent_ptr, places, index, tokens, valid, value_exponent_stride_page,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_VALUE_EXPONENT,
         )
         key_exponents = load_tile_exponents(
-            exponent_ptr, places, index, tokens, position, seq_len, exponent_stride_page,
+            exponent_ptr, places, index, tokens, valid, exponent_stride_page,
             PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_EXPONENT,
         )
         scores = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
@@ -151,7 +151,7 @@ def attend_blocks(
                     key_ptr, places, index, tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
                     BLOCK_SIZE, UNIT, BLOCK_SIZE,
                 ),
-                columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
+                columns, valid, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
             scores += dot_query(key, query, PARTS, ROWS_PADDED)
         if HAS_RESIDUAL:
@@ -160,7 +160,7 @@ def attend_blocks(
                     residual_ptr, places, index, tokens, residual_stride_page, RESIDUAL_STRIDE,
                     PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE,
                 ),
-                columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
+                columns, valid, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
             ).to(DTYPE)
             scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
         key_scales = tile_scales(key_exponents, tokens, HAS_EXPONENT)

@@ -9,7 +9,7 @@ from .decode_kernel import decode_kernel
 from .decode_plan import DecodePlan, DecodeScratch
 from .decode_scan import decode_threshold_kernel
 from .page_layout import KVPlanes
-from .runtime import compute_dtype
+from .runtime import compute_dtype, supports_pdl
 
 ANCHOR_TOKENS = 16
 """How many of a request's first and of its last tokens set the threshold."""
@@ -32,6 +32,7 @@ def decode_attention(
     min_context: int = 0,
     precomputed_threshold: torch.Tensor | bool = False,
     counters: torch.Tensor | None = None,
+    launch_pdl: bool = False,
 ) -> None:
     """Attention of a request's newest tokens over its cached keys and values.
 
@@ -62,6 +63,9 @@ def decode_attention(
             contiguous, log2 units, in use where `delta` is finite and the request not shorter than
             `min_context`; True: compute them in a kernel of their own; False: in every program.
         counters: int64 `[2]`, to which kept and all blocks are added.
+        launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
+            launch, from compute capability 9.0 on; no effect elsewhere). That kernel may write
+            all that this one reads except `plan` and `block_table`.
     """
     num_heads, head_size = query.shape[1:]
     num_reqs = seq_lens.shape[0]
@@ -90,6 +94,7 @@ def decode_attention(
         tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
     num_warps = tuning.num_warps * (2 if rows > 32 else 1)
     merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(head_size))
+    pdl = launch_pdl and supports_pdl(query.device)
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
         "KEY_STRIDE": planes.key.stride(2),
@@ -145,6 +150,8 @@ def decode_attention(
         ATTEND_STAGES=attend_stages,
         MERGE_ROWS=rows,
         MERGE_SLOTS=max(1, merge_rows // max(1, rows // num_warps)),
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=num_warps,
         maxnreg=tuning.max_registers if rows <= 16 else 255,
         **common,

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from .decode_attend import attend_blocks, narrow, num_kept, raise_reference
+from .decode_early import prefetch_scan
 from .decode_merge import merge_items
 from .decode_query import load_query, query_rows, split_query
-from .decode_scan import anchor_threshold, load_anchors, scan_blocks
+from .decode_scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
 from .paged_rows import load_places
 
 
@@ -76,6 +77,7 @@ def decode_kernel(
     ATTEND_STAGES: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one work item, one KV head, all query rows of its group.
 
@@ -89,6 +91,8 @@ def decode_kernel(
     num_items = tl.load(work_ptr + item * 4 + 2)
     seq_len = tl.load(work_ptr + item * 4 + 3)
     if (request | index | num_items | seq_len) < 0:  # of all, so that all are loaded at once
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     columns = tl.arange(0, HEAD_SIZE_PADDED)
@@ -98,19 +102,11 @@ def decode_kernel(
     output_place = (token + row_tokens) * output_stride_token
     output_place += (first_head + row_heads) * output_stride_head
     num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
-    block_begin = index * num_blocks // num_items
-    block_end = (index + 1) * num_blocks // num_items
+    num_blocks = (num_blocks - index + num_items - 1) // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
-    end_position = tl.minimum(block_end * BLOCK_SIZE, seq_len)
     places = load_places(
-        block_table_row_ptr, block_begin, end_position, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS
+        block_table_row_ptr, index, num_items, seq_len, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS
     )
-    query = load_query(
-        query_ptr + token * query_stride_token + first_head * query_stride_head,
-        query_stride_token, query_stride_head, columns,
-        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS,
-    )
-    limits = seq_len - QUERY_LEN + 1 + row_tokens
     key_ptr += kv_head.to(tl.int64) * key_stride_head
     value_ptr += kv_head.to(tl.int64) * value_stride_head
     if HAS_RESIDUAL:
@@ -120,13 +116,31 @@ def decode_kernel(
     if HAS_VALUE_EXPONENT:
         value_exponent_ptr += kv_head.to(tl.int64) * value_exponent_stride_head
     FIND_THRESHOLD: tl.constexpr = PRUNE and not HAS_THRESHOLD
+    anchor_pages = 0
+    if FIND_THRESHOLD:
+        anchor_pages = load_anchor_pages(seq_len, block_table_row_ptr, PAGE_SIZE, ANCHOR_TOKENS)
+    if PDL:
+        if PRUNE:
+            prefetch_scan(
+                places, index, num_items, seq_len, anchor_pages, key_ptr, exponent_ptr,
+                key_stride_page, exponent_stride_page,
+                KEY_STRIDE, HEAD_SIZE, PAGE_SIZE, BLOCK_SIZE, UNIT, TILE_BLOCKS, ANCHOR_TOKENS,
+                FIND_THRESHOLD, HAS_EXPONENT,
+            )
+        # up to here nothing is read that the kernel ahead writes, and nothing written
+        tl.extra.cuda.gdc_wait()
+    query = load_query(
+        query_ptr + token * query_stride_token + first_head * query_stride_head,
+        query_stride_token, query_stride_head, columns,
+        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS,
+    )
+    limits = seq_len - QUERY_LEN + 1 + row_tokens
     # loads first, so that they wait for memory together
     if PRUNE:
         delta = tl.load(delta_ptr + request * delta_stride)
     if FIND_THRESHOLD:
         anchors, anchor_scales = load_anchors(
-            seq_len, key_ptr, exponent_ptr, block_table_row_ptr,
-            key_stride_page, exponent_stride_page,
+            seq_len, anchor_pages, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
             KEY_STRIDE, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, HAS_EXPONENT,
         )
     query, factor = split_query(query, scale_log2, ROWS_PADDED, PARTS, DTYPE)
@@ -157,19 +171,20 @@ def decode_kernel(
     # weights have room for what the residual adds.
     RAISE: tl.constexpr = (not PRUNE) or HAS_THRESHOLD or VALUE_DTYPE == tl.float16
     total_kept = 0
-    for chunk_begin in range(block_begin, block_end, CHUNK_BLOCKS):
-        chunk_end = tl.minimum(chunk_begin + CHUNK_BLOCKS, block_end)
+    for chunk_begin in range(0, num_blocks, CHUNK_BLOCKS):
+        chunk_blocks = tl.minimum(num_blocks - chunk_begin, CHUNK_BLOCKS)
+        first_block = index + chunk_begin * num_items
         next_places = load_places(
-            block_table_row_ptr, chunk_begin + CHUNK_BLOCKS, end_position, PAGE_SIZE, BLOCK_SIZE,
-            UNIT, CHUNK_BLOCKS,
+            block_table_row_ptr, first_block + CHUNK_BLOCKS * num_items, num_items, seq_len,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS,
         )
         kept = tl.zeros([], tl.int64)
         kept_late = kept
-        num_attended = chunk_end - chunk_begin
+        num_attended = chunk_blocks
         if PRUNE:
             kept, kept_late, largest = scan_blocks(
                 query, factor, limits, threshold,
-                chunk_begin, chunk_end, seq_len, newest_block, places,
+                first_block, num_items, chunk_blocks, seq_len, newest_block, places,
                 scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
                 KEY_STRIDE, QUERY_LEN, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
                 BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT,
@@ -184,7 +199,7 @@ def decode_kernel(
         accumulator, weight_sums, reference = attend_blocks(
             accumulator, weight_sums, reference,
             query, factor, limits, kept, kept_late, num_attended,
-            chunk_begin, seq_len, places, scores_ptr,
+            first_block, num_items, seq_len, places, scores_ptr,
             key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
             key_stride_page, residual_stride_page, exponent_stride_page, value_stride_page,
             value_exponent_stride_page,
@@ -200,7 +215,7 @@ def decode_kernel(
 
     if RECORD:
         tl.atomic_add(counters_ptr, total_kept.to(tl.int64))
-        tl.atomic_add(counters_ptr + 1, (block_end - block_begin).to(tl.int64))
+        tl.atomic_add(counters_ptr + 1, num_blocks.to(tl.int64))
     row_sum = tl.sum(weight_sums, axis=0)
     result = tl.trans(narrow(accumulator, HEAD_SIZE_PADDED, ROWS_PADDED))
     result /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

@@ -31,24 +31,32 @@ def anchor_positions(seq_len, ANCHOR_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def load_anchors(
-    seq_len, key_ptr, exponent_ptr, block_table_row_ptr, key_stride_page, exponent_stride_page,
-    KEY_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
+def load_anchor_pages(
+    seq_len, block_table_row_ptr, PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr
 ):
-    """Base keys at `anchor_positions`, `[4 * ANCHOR_TOKENS, HEAD_SIZE_PADDED]`, and the powers of
-    two that they are stored without."""
+    """Pages of `anchor_positions`, int64 `[4 * ANCHOR_TOKENS]`."""
     tl.static_assert(PAGE_SIZE % ANCHOR_TOKENS == 0)
     positions = anchor_positions(seq_len, ANCHOR_TOKENS)
-    valid = positions >= 0
-    positions = tl.maximum(positions, 0)
     # Three page numbers at most, as scalars, so that keys and exponents wait for the same loads.
     last = tl.maximum(seq_len - ANCHOR_TOKENS, 0) // PAGE_SIZE
     first_page = tl.load(block_table_row_ptr)
     last_page = tl.load(block_table_row_ptr + last)
     newest_page = tl.load(block_table_row_ptr + tl.maximum(seq_len - 1, 0) // PAGE_SIZE)
     pages = tl.where(positions // PAGE_SIZE == last, last_page, newest_page)
-    pages = tl.where(positions < ANCHOR_TOKENS, first_page, pages).to(tl.int64)
+    return tl.where(positions < ANCHOR_TOKENS, first_page, pages).to(tl.int64)
+
+
+@triton.jit
+def load_anchors(
+    seq_len, pages, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
+    KEY_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
+):
+    """Base keys at `anchor_positions`, `[4 * ANCHOR_TOKENS, HEAD_SIZE_PADDED]`, and the powers of
+    two that they are stored without."""
+    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
+    valid = positions >= 0
+    positions = tl.maximum(positions, 0)
     words = tl.zeros([4 * ANCHOR_TOKENS], tl.int32)
     if HAS_EXPONENT:
         exponents = token_pointers(
@@ -85,7 +93,7 @@ def anchor_threshold(
 @triton.jit
 def scan_blocks(
     query, factor, limits, threshold,
-    chunk_begin, chunk_end, seq_len, newest_block, places,
+    first_block, step, num_blocks, seq_len, newest_block, places,
     scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
     KEY_STRIDE: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
@@ -93,15 +101,16 @@ def scan_blocks(
     CHUNK_BLOCKS: tl.constexpr, TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr,
     PARTS: tl.constexpr, HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Scores blocks `chunk_begin ... chunk_end` of a request in tiles of TILE_BLOCKS.
+    """Scores the `num_blocks` blocks of a chunk, `first_block` and every `step`-th of the request
+    after it, in tiles of TILE_BLOCKS.
 
     `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many
     tokens of the request a query row sees. A block is kept if one of its tokens reaches
     `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
 
-    Writes the scores of kept blocks, log2 units, to `scores[block - chunk_begin, token, row]`.
-    Returns which blocks are kept, as the bits of two int64, bit i of the first for block
-    `chunk_begin + i`, and the largest score of every row, float32 `[ROWS_PADDED]`.
+    Writes the scores of kept blocks, log2 units, to `scores[index, token, row]`.
+    Returns which blocks are kept, as the bits of two int64, bit i of the first for the chunk's
+    block of that index, and the largest score of every row, float32 `[ROWS_PADDED]`.
     """
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     RUNS: tl.constexpr = BLOCK_SIZE // 16
@@ -109,21 +118,23 @@ def scan_blocks(
     # that with four blocks each has one of its own, and finds by itself whether to keep it.
     tile_rows = tl.arange(0, TILE)
     row_blocks = tile_rows // 16 % TILE_BLOCKS
-    tile_tokens = row_blocks * BLOCK_SIZE + tile_rows // (16 * TILE_BLOCKS) * 16 + tile_rows % 16
+    block_tokens = tile_rows // (16 * TILE_BLOCKS) * 16 + tile_rows % 16
+    tile_tokens = row_blocks * BLOCK_SIZE + block_tokens
+    tile_positions = row_blocks * step * BLOCK_SIZE + block_tokens
     tile_blocks = tl.arange(0, TILE_BLOCKS)
     rows = tl.arange(0, ROWS_PADDED)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     kept = tl.zeros([TILE_BLOCKS], tl.int64)
     kept_late = tl.zeros([TILE_BLOCKS], tl.int64)
     largest = tl.full([TILE, ROWS_PADDED], float("-inf"), tl.float32)
-    num_blocks = chunk_end - chunk_begin
-    seen_by_all = tl.minimum(seq_len - QUERY_LEN + 1, chunk_end * BLOCK_SIZE)
+    last_row = ((TILE_BLOCKS - 1) * step + 1) * BLOCK_SIZE
     # of scores without the factor; no rounding drops the block that the threshold is from
     threshold = (threshold - tl.abs(threshold) * 1e-6) / factor
     for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=STAGES):
-        position = (chunk_begin + index) * BLOCK_SIZE
+        block = first_block + index * step
+        positions = block * BLOCK_SIZE + tile_positions
         exponents = load_tile_exponents(
-            exponent_ptr, places, index, tile_tokens, position, seq_len, exponent_stride_page,
+            exponent_ptr, places, index, tile_tokens, positions < seq_len, exponent_stride_page,
             PAGE_SIZE, BLOCK_SIZE, UNIT, TILE, HAS_EXPONENT,
         )
         key = load_rows(
@@ -131,20 +142,17 @@ def scan_blocks(
                 key_ptr, places, index, tile_tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
                 BLOCK_SIZE, UNIT, TILE,
             ),
-            columns, position + tile_tokens < seq_len, not WHOLE_PAGES, HEAD_SIZE,
-            HEAD_SIZE_PADDED,
+            columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
         ).to(DTYPE)
         scores = dot_query(key, query, PARTS, ROWS_PADDED)
         scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
-        if position + TILE > seen_by_all:
-            positions = (position + tile_tokens)[:, None]
-            seen = (positions < limits[None, :]) & (positions < chunk_end * BLOCK_SIZE)
-            scores = tl.where(seen, scores, float("-inf"))
+        if block * BLOCK_SIZE + last_row > seq_len - QUERY_LEN + 1:
+            scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
         largest = tl.maximum(largest, scores)
         above = (scores >= threshold[None, :]).to(tl.int32)
         above = tl.max(tl.reshape(above, (RUNS, TILE_BLOCKS, 16 * ROWS_PADDED)), axis=2)
         above = tl.max(above, axis=0)
-        above = tl.where(chunk_begin + index + tile_blocks >= newest_block, 1, above)
+        above = tl.where(block + tile_blocks * step >= newest_block, 1, above)
         keep = tl.where(index + tile_blocks < num_blocks, above, 0)
         bits = keep.to(tl.int64) << (index + tile_blocks) % 64
         if index < 64:
@@ -205,9 +213,12 @@ def decode_threshold_kernel(
     limits = seq_len - QUERY_LEN + 1 + row_tokens
     if HAS_EXPONENT:
         exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
+    pages = load_anchor_pages(
+        seq_len, block_table_ptr + request.to(tl.int64) * block_table_stride, PAGE_SIZE,
+        ANCHOR_TOKENS,
+    )
     key, scales = load_anchors(
-        seq_len, key_ptr + kv_head.to(tl.int64) * key_stride_head, exponent_ptr,
-        block_table_ptr + request.to(tl.int64) * block_table_stride,
+        seq_len, pages, key_ptr + kv_head.to(tl.int64) * key_stride_head, exponent_ptr,
         key_stride_page, exponent_stride_page,
         KEY_STRIDE, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, HAS_EXPONENT,
     )

@@ -26,23 +26,22 @@ def token_pointers(
 
 @triton.jit
 def _load_run_places(
-    block_table_row_ptr, first, end_position,
-    PER_PAGE: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr,
+    block_table_row_ptr, first_block, step, seq_len, first_run,
+    PER_PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr,
 ):
-    runs = first + tl.arange(0, RUNS)
-    pages = tl.load(
-        block_table_row_ptr + runs // PER_PAGE, mask=runs * UNIT < end_position, other=0
-    )
+    runs = first_run + tl.arange(0, RUNS)
+    runs = (first_block + runs // PER_BLOCK * step) * PER_BLOCK + runs % PER_BLOCK
+    pages = tl.load(block_table_row_ptr + runs // PER_PAGE, mask=runs * UNIT < seq_len, other=0)
     return pages * PER_PAGE + runs % PER_PAGE
 
 
 @triton.jit
 def load_places(
-    block_table_row_ptr, first_block, end_position,
+    block_table_row_ptr, first_block, step, seq_len,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    """Where BLOCKS blocks from `first_block` on lie, for `pick`: of each run of UNIT tokens
-    `page * runs a page + place in it`; 0 from `end_position` on.
+    """Where BLOCKS blocks lie, `first_block` and every `step`-th after it, for `pick`: of each run
+    of UNIT tokens `page * runs a page + place in it`; 0 from `seq_len` on.
 
     UNIT, the greatest common divisor of page and block, is what lies together. Kernels hold the
     places of what they are about to read, since a load whose address waits for another load of
@@ -50,15 +49,15 @@ def load_places(
     every warp can hold such a tensor, an element a thread.
     """
     PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
-    RUNS: tl.constexpr = BLOCKS * BLOCK_SIZE // UNIT
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
+    RUNS: tl.constexpr = BLOCKS * PER_BLOCK
     SIZE: tl.constexpr = min(RUNS, 32)
-    row, first, end = block_table_row_ptr, first_block * (BLOCK_SIZE // UNIT), end_position
-    places = (_load_run_places(row, first, end, PER_PAGE, UNIT, SIZE),)
-    if RUNS >= 64:
-        places += (_load_run_places(row, first + 32, end, PER_PAGE, UNIT, SIZE),)
-    if RUNS >= 128:
-        places += (_load_run_places(row, first + 64, end, PER_PAGE, UNIT, SIZE),)
-        places += (_load_run_places(row, first + 96, end, PER_PAGE, UNIT, SIZE),)
+    row, first = block_table_row_ptr, first_block
+    places = (_load_run_places(row, first, step, seq_len, 0, PER_PAGE, PER_BLOCK, UNIT, SIZE),)
+    for begin in tl.static_range(32, RUNS, 32):
+        places += (
+            _load_run_places(row, first, step, seq_len, begin, PER_PAGE, PER_BLOCK, UNIT, SIZE),
+        )
     return places
 
 
@@ -90,6 +89,24 @@ def tile_pointers(
         unit_ptr += place % PER_PAGE * (UNIT // PACKED * STRIDE_TOKEN)
         pointers = tl.where(tokens // UNIT == unit, unit_ptr, pointers)
     return pointers + tokens % UNIT // PACKED * STRIDE_TOKEN
+
+
+@triton.jit
+def prefetch(pointers, wanted):
+    """Asks for the lines of 128 bytes at `pointers` where `wanted`; they come to the L2 cache."""
+    wanted = tl.broadcast_to(wanted, pointers.shape).to(tl.int32)
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}",
+        "=r,l,r", [pointers.to(tl.int64), wanted], dtype=tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def prefetch_rows(pointers, wanted, HEAD_SIZE: tl.constexpr):
+    """The same for whole rows of a plane, `[ROWS]`."""
+    BYTES: tl.constexpr = HEAD_SIZE * (pointers.dtype.element_ty.primitive_bitwidth // 8)
+    for begin in tl.static_range(0, BYTES, 128):
+        prefetch(pointers + begin * HEAD_SIZE // BYTES, wanted)
 
 
 @triton.jit
@@ -128,7 +145,7 @@ def load_scales(pointers, valid):
 
 @triton.jit
 def load_tile_exponents(
-    exponent_ptr, places, index, tokens, first_position, seq_len, stride_page,
+    exponent_ptr, places, index, tokens, valid, stride_page,
     PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
 ):
@@ -144,7 +161,7 @@ def load_tile_exponents(
             exponent_ptr.to(tl.pointer_type(tl.int32)), places, index, tokens, stride_page // 4, 1,
             PAGE_SIZE, BLOCK_SIZE, UNIT, ROWS, 4,
         )
-        words = tl.load(pointers, mask=first_position + tokens < seq_len, other=0)
+        words = tl.load(pointers, mask=valid, other=0)
     return words
 
 

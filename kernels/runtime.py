@@ -1,5 +1,7 @@
 """What the kernels need to know of where they run."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -22,3 +24,13 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     if INTERPRETED and dtype != torch.float16:
         return tl.float32
     return TRITON_DTYPES[dtype]
+
+
+@lru_cache
+def supports_pdl(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it in the stream has ended
+    (programmatic dependent launch): from compute capability 9.0 on.
+
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -135,8 +135,38 @@ def test_bars_compare_with_the_right_peer():
 
 
 def test_bars_ignore_tuning_variants_and_say_what_is_missing():
-    cell = Cell(Shape(MAIN, 8, 32_768), OURS, kept=0.1, tuning="waves=8")
-    assert {verdict.word for verdict in judge({cell: fake_figure(cell)})} == {"not measured"}
+    cell = Cell(Shape(MAIN, 8, 32_768), OURS, kept=0.1)
+    assert {verdict.word for verdict in judge({cell: fake_figure(cell)})} > {"not measured"}
+    for variant in ({"tuning": "waves=8"}, {"hot": "newest"}):
+        other = dataclasses.replace(cell, **variant)
+        assert {verdict.word for verdict in judge({other: fake_figure(other)})} == {"not measured"}
+
+
+def test_hot_blocks_at_two_places_are_two_cells(tmp_path):
+    options = parse(["--shapes", "8x32768", "--kept", "0.1", "--hot", "spread", "newest"])
+    cells = bench_decode.wanted_cells(options, ["auto"], peers=False)
+    assert [c.hot for c in cells if c.series == OURS] == ["spread", "newest"]
+    store = Store(tmp_path, ENVIRONMENT)
+    for cell in cells:
+        store.put(cell, fake_figure(cell))
+    store.save(MAIN)
+    _, figures = read_figures([store.path(MAIN)])
+    assert set(figures) == set(cells)
+    screen = report.console()
+    with screen.capture() as captured:
+        report.show_table(screen, report.figure_tables(figures)[0])
+    assert captured.get().count("0.10 newest") == 1
+
+
+def test_files_from_before_hot_blocks_had_places_are_read(tmp_path):
+    cell = Cell(Shape(MAIN, 8, 32_768), OURS, kept=0.1)
+    store = Store(tmp_path, ENVIRONMENT)
+    store.put(cell, fake_figure(cell))
+    store.save(MAIN)
+    path = store.path(MAIN)
+    path.write_text(path.read_text().replace(', "hot": "spread"', ""))
+    assert '"hot"' not in path.read_text()
+    assert set(read_figures([path])[1]) == {cell}
 
 
 def test_other_geometries_are_compared_with_the_main_one():

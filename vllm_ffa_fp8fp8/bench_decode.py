@@ -10,7 +10,16 @@ from pathlib import Path
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.bars import KEPT, bar_cells
-from vllm_ffa_fp8fp8.bench.cells import VALUE_BYTES, Cell, Figures, Geometry, Shape, plan_cells
+from vllm_ffa_fp8fp8.bench.cells import (
+    HOT,
+    SPREAD,
+    VALUE_BYTES,
+    Cell,
+    Figures,
+    Geometry,
+    Shape,
+    plan_cells,
+)
 from vllm_ffa_fp8fp8.bench.store import file_name, read_figures
 
 SHAPES = (
@@ -35,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--kept", nargs="+", type=float, default=KEPT, metavar="FRACTION",
         help=f"fractions of the blocks to keep (default: {' '.join(map(str, KEPT))})",
+    )  # fmt: skip
+    add(
+        "--hot", nargs="+", choices=HOT, default=[SPREAD],
+        help="where the kept blocks are: anywhere, or all at the end (default: spread)",
     )  # fmt: skip
     add(
         "--heads", nargs="+", default=["32:8"], metavar="Q:KV",
@@ -153,7 +166,8 @@ def wanted_cells(options: argparse.Namespace, value_dtypes: list[str], peers: bo
         for size in options.head_sizes
     ]
     shapes = [Shape.parse(text, geometry) for geometry in geometries for text in options.shapes]
-    return plan_cells(shapes, list(options.kept), value_dtypes, ["", *options.vary], peers)
+    tunings = ["", *options.vary]
+    return plan_cells(shapes, list(options.kept), value_dtypes, tunings, peers, options.hot)
 
 
 def parse_heads(text: str) -> tuple[int, int]:

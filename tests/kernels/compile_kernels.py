@@ -74,6 +74,9 @@ def record(case: Case, capability: int, every_way: bool) -> list:
         for kernel in kernels:
             originals[name, kernel] = getattr(modules[name], kernel)
             setattr(modules[name], kernel, Recorder(originals[name, kernel], launches))
+        if hasattr(modules[name], "supports_pdl"):
+            originals[name, "supports_pdl"] = modules[name].supports_pdl
+            modules[name].supports_pdl = lambda device: capability >= 90
     batch = make_batch(case)
     planes = case.layout.split(batch.storage[1])
     ways = [
@@ -94,7 +97,7 @@ def record(case: Case, capability: int, every_way: bool) -> list:
             query, planes, batch.block_table[:num_reqs], batch.seq_lens[:num_reqs],
             plan.update(batch.seq_lens[:num_reqs]), poisoned_scratch(limits, "cpu"),
             torch.empty_like(query), scale=case.scale, delta=delta,
-            precomputed_threshold=precomputed,
+            precomputed_threshold=precomputed, launch_pdl=True,
         )  # fmt: skip
     slots = torch.arange(batch.key.shape[0])
     modules["kv_write"].write_kv(batch.key, batch.value, planes, slots)

@@ -8,7 +8,7 @@ import torch
 from vllm_ffa_fp8fp8 import bench_decode, bench_kproj
 from vllm_ffa_fp8fp8.bench import decoder as decoder_module
 from vllm_ffa_fp8fp8.bench import peers, sweep
-from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, OURS, Cell, Figure, Geometry, Shape
+from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, NEWEST, OURS, Cell, Figure, Geometry, Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.store import Store
@@ -37,6 +37,32 @@ def test_planted_blocks_are_kept(kept, head_size):
     )  # fmt: skip
     for flags in blocks:
         assert flags.sum(1).tolist() == [shape.kept_blocks(kept)] * 2
+
+
+def test_newest_blocks_are_kept():
+    shape = Shape(Geometry(8, 2, 64, 64), 2, 1000)
+    inputs = make_inputs(shape, 0.3, seed=1, device="cpu", hot=NEWEST)
+    _, blocks = decode_attention_reference(
+        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens,
+        block_size=64, scale=64**-0.5, delta=torch.tensor([decoder_module.DELTA]),
+    )  # fmt: skip
+    for flags in blocks:
+        for head in flags:
+            assert head.nonzero().flatten().tolist() == [0, 12, 13, 14, 15]
+
+
+def test_work_items_share_the_newest_blocks():
+    """Contexts cut into runs would leave them all to the last item, and the others without any."""
+    shape = Shape(Geometry(8, 2, 64, 64), 1, 1000)
+    inputs = make_inputs(shape, 0.3, seed=1, device="cpu", hot=NEWEST)
+    decoder = Decoder(shape, True, {"min_blocks": 4, "programs_per_processor": 4}, "cpu")
+    decoder.scratch.partial_lse.fill_(float("nan"))
+    error, kept = decoder.check(inputs, write_reference(inputs))
+    assert error < 1e-3 and kept == 5 / 16
+    num_items = int(decoder.plan.work[0, 2])
+    assert num_items == 4
+    lse = decoder.scratch.partial_lse.flatten()[: num_items * shape.geometry.num_heads]
+    assert lse.isfinite().all()
 
 
 def write_reference(inputs):

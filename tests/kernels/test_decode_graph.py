@@ -8,6 +8,7 @@ from cases import Case, make_batch, poisoned_scratch
 from truth import assert_within_budget, choose_delta, plain_attention, reference
 
 from vllm_ffa_fp8fp8.kernels import DecodePlan, decode_attention
+from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 
 
 class Step:
@@ -103,3 +104,45 @@ def test_graph(largest):
         replayed = step.output.clone()
         step()
         assert torch.equal(step.output, replayed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prune", [True, False], ids=["pruned", "dense"])
+def test_an_early_launch_waits_for_the_cache_write(prune):
+    """The write takes longer than decode takes to start, and changes all that decode reads."""
+    case = Case((8192, 8000), block_size=64, page_size=64, head_size=128, group=4, num_kv_heads=8)
+    step = Step(case, "cuda")
+    generator = torch.Generator().manual_seed(5)
+    pages = step.storage.shape[1]
+    slots = torch.arange(pages * case.page_size, device="cuda")
+    shape = (len(slots), case.num_kv_heads, case.head_size)
+    writes = [
+        [torch.randn(shape, generator=generator).to("cuda", case.dtype) for _ in range(2)]
+        for _ in range(3)
+    ]
+    delta = torch.tensor([3.0], device="cuda") if prune else None
+    plan = step.plan.update(step.seq_lens)
+    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+
+    def run(key, value, output, **options) -> None:
+        write_kv(key, value, step.planes, slots)
+        decode_attention(
+            step.query, step.planes, step.block_table, step.seq_lens, plan, step.scratch, output,
+            scale=case.scale, delta=delta, counters=counters, **options,
+        )  # fmt: skip
+
+    expected, outputs = torch.empty(2, 3, *step.query.shape, dtype=case.dtype, device="cuda")
+    for (key, value), output in zip(writes, expected, strict=True):
+        run(key, value, output)
+        torch.cuda.synchronize()
+    assert not torch.equal(expected[0], expected[1])
+    kept, blocks = counters.tolist()
+    assert kept < blocks if prune else kept == blocks
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for (key, value), output in zip(writes, outputs, strict=True):
+            run(key, value, output, launch_pdl=True)
+    for _ in range(3):
+        outputs.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(outputs, expected)

@@ -143,7 +143,7 @@ def bar_cells(value_dtypes: list[str], peers: bool = True, page_size: int = 64) 
 
 
 def judge(figures: Figures) -> list[Verdict]:
-    """What each bar's worst matching figure is; tuning variants do not count."""
+    """What each bar's worst matching figure is; variants do not count."""
     return [_judge(bar, figures) for bar in BARS]
 
 
@@ -151,7 +151,7 @@ def _judge(bar: Bar, figures: Figures) -> Verdict:
     ratios = [
         (ratio, cell)
         for cell, figure in figures.items()
-        if not cell.tuning
+        if not cell.is_variant
         and bar.matches(cell, figure)
         and (ratio := _ratio(bar.against, cell, figures)) is not None
     ]

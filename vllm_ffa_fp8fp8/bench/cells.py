@@ -1,5 +1,6 @@
 """What is timed, and what came out: plain data, which needs neither a GPU nor torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
@@ -7,6 +8,9 @@ PEERS = {FA3_BF16: 4, FA3_FP8: 2}
 """Other kernels, and the bytes that they read for an element of K and its V."""
 VALUE_BYTES = {"auto": 2, "fp8": 1}
 """Bytes of an element of V by its dtype: the model's 16-bit one, or E4M3."""
+SPREAD, NEWEST = "spread", "newest"
+HOT = (SPREAD, NEWEST)
+"""Where hot blocks are planted: anywhere, or one after another at the end of the context."""
 
 
 @dataclass(frozen=True, order=True)
@@ -85,6 +89,7 @@ class Cell:
         value_dtype: auto or fp8.
         kept: fraction of the blocks to plant as hot.
         tuning: changes to the launch parameters, `name=value,...`.
+        hot: spread or newest; see `HOT`.
     """
 
     shape: Shape
@@ -92,6 +97,12 @@ class Cell:
     value_dtype: str = "auto"
     kept: float = 1.0
     tuning: str = ""
+    hot: str = SPREAD
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it is shown beside the figure that counts."""
+        return bool(self.tuning) or self.hot != SPREAD
 
     def floor_bytes(self, kept: float) -> float:
         """The least that it reads when a fraction of `kept` is kept; peers read everything."""
@@ -140,6 +151,7 @@ def plan_cells(
     value_dtypes: list[str],
     tunings: list[str],
     peers: bool = True,
+    hot: Sequence[str] = (SPREAD,),
 ) -> list[Cell]:
     """All cells of a sweep. Fractions that come to the same number of blocks are timed once."""
     cells = []
@@ -148,7 +160,8 @@ def plan_cells(
         for value_dtype in value_dtypes:
             for tuning in tunings:
                 cells += [
-                    Cell(shape, OURS, value_dtype, kept, tuning)
+                    Cell(shape, OURS, value_dtype, kept, tuning, place)
+                    for place in hot
                     for kept in sorted(by_blocks.values(), reverse=True)
                 ]
                 cells.append(Cell(shape, EXACT, value_dtype, tuning=tuning))

@@ -37,8 +37,10 @@ class Decoder:
         tuning: dict[str, Any],
         device: str = "cuda",
         value_dtype: torch.dtype = torch.bfloat16,
+        launch_pdl: bool = True,
     ):
         self.shape, self.device = shape, torch.device(device)
+        self.launch_pdl = launch_pdl
         geometry = shape.geometry
         limits = DecodeLimits.on_device(
             self.device, num_reqs=shape.batch, seq_len=shape.seq_len,
@@ -57,6 +59,7 @@ class Decoder:
         decode_attention(
             inputs.query, planes, inputs.block_table, inputs.seq_lens, self.plan, self.scratch,
             output, scale=self.scale, delta=self.delta, counters=counters,
+            launch_pdl=self.launch_pdl,
         )  # fmt: skip
 
     def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_ffa_fp8fp8.bench.cells import Shape
+from vllm_ffa_fp8fp8.bench.cells import NEWEST, SPREAD, Shape
 from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes, PageLayout
 
@@ -31,12 +31,14 @@ def num_sets(shape: Shape) -> int:
     return max(1, min(MOST_SETS, round(L2_BYTES / shape.floor_bytes(0))))
 
 
-def make_inputs(shape: Shape, kept: float, seed: int, device: str = "cuda") -> Inputs:
+def make_inputs(
+    shape: Shape, kept: float, seed: int, device: str = "cuda", hot: str = SPREAD
+) -> Inputs:
     """Random keys of small scores; the first token and one token in each hot block score high.
 
     With `DELTA` exactly `shape.kept_blocks(kept)` blocks of a request and KV head are kept: the
     first, the last and the hot ones, since all query heads of a group share a direction that only
-    those tokens point to.
+    those tokens point to. `hot`: where these blocks are, see `HOT`.
     """
     geometry, dtype = shape.geometry, torch.bfloat16
     num_kv_heads, head_size = geometry.num_kv_heads, geometry.head_size
@@ -52,11 +54,13 @@ def make_inputs(shape: Shape, kept: float, seed: int, device: str = "cuda") -> I
     direction = torch.randn(shape.batch, num_kv_heads, head_size, **options)
     direction *= math.sqrt(head_size) / direction.norm(dim=-1, keepdim=True)
     rank = torch.rand(shape.batch, num_kv_heads, shape.pages, **options)
+    if hot == NEWEST:
+        rank = torch.linspace(1, 0, shape.pages, device=device).expand_as(rank).clone()
     rank[..., -1] = 2.0  # kept without being hot
     rank[..., 0] = -1.0
-    hot = rank.argsort(dim=-1).argsort(dim=-1) < shape.kept_blocks(kept) - 1
-    hot[..., 0] = True
-    request, head, page = hot.nonzero(as_tuple=True)
+    is_hot = rank.argsort(dim=-1).argsort(dim=-1) < shape.kept_blocks(kept) - 1
+    is_hot[..., 0] = True
+    request, head, page = is_hot.nonzero(as_tuple=True)
     row = torch.randint(0, geometry.page_size, page.shape, **options)
     row[page == 0] = 0
     key[block_table[request, page].long(), row, head] = direction[request, head].to(dtype)

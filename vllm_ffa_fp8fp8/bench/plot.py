@@ -29,7 +29,7 @@ def plot_figures(figures: Figures, stem: Path, gpu: str) -> list[Path]:
 
     matplotlib.use("Agg")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    figures = {cell: figure for cell, figure in figures.items() if not cell.tuning}
+    figures = {cell: figure for cell, figure in figures.items() if not cell.is_variant}
     written = []
     for name, draw in (("time", draw_times), ("ratio", draw_ratios), ("floor", draw_floor)):
         picture = draw(figures)

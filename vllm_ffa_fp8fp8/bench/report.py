@@ -15,6 +15,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     FA3_BF16,
     FA3_FP8,
     PEERS,
+    SPREAD,
     Cell,
     Figure,
     Figures,
@@ -87,7 +88,8 @@ def figure_tables(figures: Figures) -> list[Table]:
 
 
 def _order(cell: Cell) -> tuple:
-    return (cell.shape, cell.value_dtype, cell.series == EXACT, -cell.kept, cell.tuning)
+    exact = cell.series == EXACT
+    return (cell.shape, cell.value_dtype, exact, cell.hot != SPREAD, -cell.kept, cell.tuning)
 
 
 def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
@@ -101,7 +103,7 @@ def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
         result.add_row(
             str(cell.shape),
             cell.value_dtype,
-            f"{kept} {cell.tuning}".strip(),
+            " ".join(filter(None, (kept, cell.hot if cell.hot != SPREAD else "", cell.tuning))),
             f"{figure.floor_us:,.1f}",
             f"{microseconds(figure)} ({figure.floor_fraction:.2f})",
             *(microseconds(figures.get(Cell(cell.shape, peer))) for peer in NAMES),

@@ -6,7 +6,16 @@ from dataclasses import fields
 
 import torch
 
-from vllm_ffa_fp8fp8.bench.cells import EXACT, OURS, PEERS, VALUE_BYTES, Cell, Figure, Figures
+from vllm_ffa_fp8fp8.bench.cells import (
+    EXACT,
+    OURS,
+    PEERS,
+    SPREAD,
+    VALUE_BYTES,
+    Cell,
+    Figure,
+    Figures,
+)
 from vllm_ffa_fp8fp8.bench.decoder import Decoder
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.peers import time_peer
@@ -80,14 +89,14 @@ def measure(
     """Yields cells of one shape with their figures. Only `ours` depends on what is planted: the
     other series run on the first inputs that are made."""
     shape = cells[0].shape
-    planted = sorted({cell.kept for cell in cells if cell.series == OURS}) or [1.0]
-    for kept in planted:
+    planted = sorted({(c.kept, c.hot) for c in cells if c.series == OURS}) or [(1.0, SPREAD)]
+    for kept, hot in planted:
         due = [
             cell
             for cell in cells
-            if (cell.kept == kept if cell.series == OURS else kept == planted[0])
+            if (kept, hot) == ((cell.kept, cell.hot) if cell.series == OURS else planted[0])
         ]
-        sets = [make_inputs(shape, kept, seed) for seed in range(num_sets(shape))]
+        sets = [make_inputs(shape, kept, seed, hot=hot) for seed in range(num_sets(shape))]
         for value_dtype in VALUE_BYTES:
             ours = [c for c in due if c.series not in PEERS and c.value_dtype == value_dtype]
             planes = [write_cache(inputs, value_dtype) for inputs in sets] if ours else []
@@ -103,7 +112,7 @@ def measure(
                 floor = cell.floor_bytes(measured_kept) / bandwidth
                 yield cell, Figure(us, floor, measured_kept, error, codes[cell.series])
                 if tell_kernels:
-                    tell_kernels(f"  {cell.series} {kept}: {decoder.profile(sets, planes)}")
+                    tell_kernels(f"  {cell.series} {kept} {hot}: {decoder.profile(sets, planes)}")
             del planes
         for cell in due:
             if cell.series in PEERS:
