@@ -109,7 +109,7 @@ def projection_tuning_on(
     )
 
 
-PROJECTED_BATCHES = ((4096, 4), (None, 8))
+PROJECTED_BATCHES = ((4096, 4), (None, 16))
 """Up to which hidden size (None: any) the projection kernel is the faster one, and up to how many
 tokens; measured on an H200 with 4,096 and 8,192."""
 

@@ -49,10 +49,32 @@ DEFAULT = DecodeTuning()
 FEW = DecodeTuning(dense_programs_per_processor=1, min_blocks=2, scan_tokens=128)
 """For batches that do not: latency counts there, and smaller steps of the scan start sooner."""
 
-TUNINGS: dict[tuple[int, int], tuple[tuple[int | None, DecodeTuning], ...]] = {
-    (9, 0): ((2, FEW), (None, DEFAULT)),  # measured on an H200
+FEW_FP8_VALUES = replace(FEW, dense_programs_per_processor=2)
+"""While one program converts values, the other reads."""
+
+
+@dataclass(frozen=True)
+class TuningClass:
+    """What `tuning` holds for: batches of at most so many requests, values of so many bytes an
+    element; None: any."""
+
+    tuning: DecodeTuning
+    num_reqs: int | None = None
+    value_bytes: int | None = None
+
+    def takes(self, num_reqs: int, value_bytes: int) -> bool:
+        few = self.num_reqs is None or num_reqs <= self.num_reqs
+        return few and self.value_bytes in (None, value_bytes)
+
+
+TUNINGS: dict[tuple[int, int], tuple[TuningClass, ...]] = {
+    (9, 0): (  # measured on an H200
+        TuningClass(FEW_FP8_VALUES, num_reqs=2, value_bytes=1),
+        TuningClass(FEW, num_reqs=2),
+        TuningClass(DEFAULT),
+    ),
 }
-"""By compute capability: up to how many requests (None: any number) which parameters hold."""
+"""By compute capability; the first class that takes a batch has its parameters."""
 
 HEAD_SIZE, BLOCK_SIZE = 128, 64
 """What the table was measured with; others have tiles and pipelines of about as many bytes."""
@@ -87,8 +109,8 @@ def decode_tuning(
         capability: compute capability.
         shared_memory: bytes that a program can have on this GPU.
     """
-    classes = TUNINGS.get(capability, ((None, DEFAULT),))
-    tuning = next(t for most, t in classes if most is None or num_reqs <= most)
+    classes = TUNINGS.get(capability, (TuningClass(DEFAULT),))
+    tuning = next(c.tuning for c in classes if c.takes(num_reqs, value_bytes))
     padded = 1 << (head_size - 1).bit_length()
     scan_tokens = tuning.scan_tokens * HEAD_SIZE // (max(padded, HEAD_SIZE) * key_bytes)
     scan_tile = max(scan_tokens, block_size) * padded * key_bytes

@@ -236,7 +236,7 @@ def test_report_shows_tables_and_plots(result_file, tmp_path, capsys):
     assert "figures come from earlier runs" in shown
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     row = next(line for line in lines if line.startswith("| 8 x 131,072 | auto | 0.10 |"))
-    assert f"({FASTEST})" in row and row.count("*") == 3
+    assert f"({FASTEST})" in row and row.count("*") == 4
     plots = {path.name.removeprefix(result_file.stem) for path in (tmp_path / "plots").iterdir()}
     parts = ("time", "ratio", "floor")
     assert plots == {f"-{part}.{suffix}" for part in parts for suffix in ("png", "svg")}

@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.bars import KEPT, bar_cells
 from vllm_ffa_fp8fp8.bench.cells import (
     HOT,
+    PEERS,
     SPREAD,
     VALUE_BYTES,
     Cell,
@@ -131,7 +132,7 @@ def measure(options: argparse.Namespace) -> int:
         print(f"Without peers: {problem}.")
         peers = False
     cells = wanted_cells(options, value_dtypes, peers)
-    cells = [c for c in cells if c.series not in sweep.PEERS or not missing_peers(head_size(c))]
+    cells = [c for c in cells if c.series not in PEERS or not missing_peers(head_size(c))]
     versions = sweep.environment()
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
     start = time.monotonic()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_ffa_fp8fp8 import bench_decode, bench_kproj
+from vllm_ffa_fp8fp8.bench import base_read, peers, sweep
 from vllm_ffa_fp8fp8.bench import decoder as decoder_module
-from vllm_ffa_fp8fp8.bench import peers, sweep
 from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, NEWEST, OURS, Cell, Figure, Geometry, Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
@@ -87,6 +87,18 @@ def test_check_measures_the_kept_fraction(inputs, prune, value_dtype):
     error, kept = Decoder(SHAPE, prune, FEW_ITEMS, "cpu").check(inputs, planes)
     assert error < 1e-3
     assert kept == (0.5 if prune else 1.0)
+
+
+@pytest.mark.parametrize("head_size", [64, 96])
+def test_the_bare_read_reads_every_word_once(monkeypatch, head_size):
+    shape = Shape(Geometry(8, 2, head_size, 64), 2, 1000)
+    inputs = make_inputs(shape, 0.5, seed=0, device="cpu")
+    planes = write_cache(inputs, "auto")
+    monkeypatch.setattr(base_read, "time_graph", lambda launches: [run() for run in launches] and 1)
+    assert base_read.time_base_read(shape, [inputs], [planes]) == 1
+    inputs.block_table[0, 3] = inputs.block_table[1, 4]
+    with pytest.raises(CheckFailed, match="base add up"):
+        base_read.time_base_read(shape, [inputs], [planes])
 
 
 def test_check_rejects_a_wrong_output(inputs, monkeypatch):

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import Case, make_batch, poisoned_scratch
 from truth import assert_within_budget, choose_delta, plain_attention, reference
 
 from vllm_ffa_fp8fp8.kernels import DecodePlan, decode_attention
-from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 
 
 class Step:
@@ -106,42 +107,50 @@ def test_graph(largest):
         assert torch.equal(step.output, replayed)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("prune", [True, False], ids=["pruned", "dense"])
-def test_an_early_launch_waits_for_the_cache_write(prune):
-    """The write takes longer than decode takes to start, and changes all that decode reads."""
-    case = Case((8192, 8000), block_size=64, page_size=64, head_size=128, group=4, num_kv_heads=8)
-    step = Step(case, "cuda")
-    generator = torch.Generator().manual_seed(5)
-    pages = step.storage.shape[1]
-    slots = torch.arange(pages * case.page_size, device="cuda")
-    shape = (len(slots), case.num_kv_heads, case.head_size)
-    writes = [
-        [torch.randn(shape, generator=generator).to("cuda", case.dtype) for _ in range(2)]
-        for _ in range(3)
-    ]
-    delta = torch.tensor([3.0], device="cuda") if prune else None
-    plan = step.plan.update(step.seq_lens)
-    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+@triton.jit
+def _copy_late(target_ptr, source_ptr, num_words, BLOCK: tl.constexpr):
+    """Lets the next kernel start, sleeps for 20 us, then copies."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.inline_asm_elementwise(
+        "nanosleep.u32 20000; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+    words = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(source_ptr + words, mask=words < num_words)
+    tl.store(target_ptr + words, source, mask=words < num_words)
 
-    def run(key, value, output, **options) -> None:
-        write_kv(key, value, step.planes, slots)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", ["cache", "query"])
+@pytest.mark.parametrize("prune", [True, False], ids=["pruned", "dense"])
+def test_an_early_launch_waits_for_what_the_kernel_ahead_writes(prune, late):
+    case = Case((1000, 900), num_kv_heads=3)
+    step = Step(case, "cuda")
+    plan = step.plan.update(step.seq_lens)
+    target, heads = (step.storage, 2) if late == "cache" else (step.query, 1)
+    words = target.view(torch.int32)
+    sources = [words.roll(turn, dims=heads) for turn in range(3)]  # other heads' data
+
+    def decode(output, **options) -> None:
         decode_attention(
             step.query, step.planes, step.block_table, step.seq_lens, plan, step.scratch, output,
-            scale=case.scale, delta=delta, counters=counters, **options,
+            scale=case.scale, delta=step.delta if prune else None, **options,
         )  # fmt: skip
 
     expected, outputs = torch.empty(2, 3, *step.query.shape, dtype=case.dtype, device="cuda")
-    for (key, value), output in zip(writes, expected, strict=True):
-        run(key, value, output)
-        torch.cuda.synchronize()
-    assert not torch.equal(expected[0], expected[1])
-    kept, blocks = counters.tolist()
-    assert kept < blocks if prune else kept == blocks
+    for source, output in zip(sources, expected, strict=True):
+        words.copy_(source)
+        decode(output)
+    assert not torch.equal(expected[0], expected[1]) and not torch.equal(expected[1], expected[2])
+
+    def run() -> None:
+        for source, output in zip(sources, outputs, strict=True):
+            _copy_late[(triton.cdiv(source.numel(), 1024),)](words, source, source.numel(), 1024)
+            decode(output, launch_pdl=True)
+
+    run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for (key, value), output in zip(writes, outputs, strict=True):
-            run(key, value, output, launch_pdl=True)
+        run()
     for _ in range(3):
         outputs.fill_(float("nan"))
         graph.replay()

@@ -16,6 +16,9 @@ ADA_SHARED_MEMORY = 101_376
 def test_a_measured_gpu_has_parameters_for_few_requests():
     assert decode_tuning(1, 128, 64) == decode_tuning(2, 128, 64) == FEW
     assert decode_tuning(3, 128, 64) == decode_tuning(1000, 128, 64) == DEFAULT
+    fp8_values = [decode_tuning(n, 128, 64, value_bytes=1) for n in (2, 3)]
+    assert [t.scan_tokens for t in fp8_values] == [FEW.scan_tokens, DEFAULT.scan_tokens]
+    assert [t.dense_programs_per_processor for t in fp8_values] == [2, 2]
 
 
 def test_an_unknown_gpu_has_the_default():
@@ -35,7 +38,8 @@ def test_pipelines_have_about_as_many_bytes_in_flight():
 
 @pytest.mark.parametrize("capability", TUNINGS)
 def test_the_last_class_takes_any_batch(capability):
-    assert TUNINGS[capability][-1][0] is None
+    last = TUNINGS[capability][-1]
+    assert last.takes(1 << 20, 1) and last.takes(1 << 20, 2)
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
 PEERS = {FA3_BF16: 4, FA3_FP8: 2}
 """Other kernels, and the bytes that they read for an element of K and its V."""
+BASE_READ = "base_read"
+FIXED = PEERS | {BASE_READ: 1}
+"""Series that are timed once a shape: peers, and the bare read of our base."""
 VALUE_BYTES = {"auto": 2, "fp8": 1}
 """Bytes of an element of V by its dtype: the model's 16-bit one, or E4M3."""
 SPREAD, NEWEST = "spread", "newest"
@@ -82,10 +85,11 @@ class Shape:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One figure to measure. Peers know neither `kept` nor `tuning`: they are timed once a shape.
+    """One figure to measure. The series that are FIXED know neither `kept` nor `tuning`.
 
     Args:
-        series: ours, exact (`delta = None`), fa3_bf16 or fa3_fp8.
+        series: ours, exact (`delta = None`), base_read (nothing but the read of the base), fa3_bf16
+            or fa3_fp8.
         value_dtype: auto or fp8.
         kept: fraction of the blocks to plant as hot.
         tuning: changes to the launch parameters, `name=value,...`.
@@ -105,9 +109,9 @@ class Cell:
         return bool(self.tuning) or self.hot != SPREAD
 
     def floor_bytes(self, kept: float) -> float:
-        """The least that it reads when a fraction of `kept` is kept; peers read everything."""
-        if self.series in PEERS:
-            return self.shape.elements * PEERS[self.series]
+        """The least that it reads when a fraction of `kept` is kept."""
+        if self.series in FIXED:
+            return self.shape.elements * FIXED[self.series]
         return self.shape.floor_bytes(kept, VALUE_BYTES[self.value_dtype])
 
 
@@ -165,6 +169,7 @@ def plan_cells(
                     for kept in sorted(by_blocks.values(), reverse=True)
                 ]
                 cells.append(Cell(shape, EXACT, value_dtype, tuning=tuning))
+        cells.append(Cell(shape, BASE_READ))
         if peers:
             cells += [Cell(shape, peer) for peer in PEERS]
     return cells

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from vllm_ffa_fp8fp8.bench.bars import judge
 from vllm_ffa_fp8fp8.bench.cells import (
+    BASE_READ,
     EXACT,
     FA3_BF16,
     FA3_FP8,
-    PEERS,
+    FIXED,
     SPREAD,
     Cell,
     Figure,
@@ -80,7 +81,7 @@ def ratio(value: float | None) -> str:
 
 def figure_tables(figures: Figures) -> list[Table]:
     """A table for each geometry, a row for each cell of ours."""
-    ours = sorted((c for c in figures if c.series not in PEERS), key=_order)
+    ours = sorted((c for c in figures if c.series not in FIXED), key=_order)
     return [
         _figure_table(str(geometry), list(cells), figures)
         for geometry, cells in groupby(ours, key=lambda cell: cell.shape.geometry)
@@ -95,7 +96,8 @@ def _order(cell: Cell) -> tuple:
 def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
     result = table(
         f"Decode attention, {geometry}, microseconds", "batch x tokens", "V", "kept", "floor",
-        "FFA_FP8FP8 (of the floor)", *NAMES.values(), "over bf16", "over fp8",
+        "FFA_FP8FP8 (of the floor)", "bare read of the base", *NAMES.values(), "over bf16",
+        "over fp8",
     )  # fmt: skip
     for cell in cells:
         figure = figures[cell]
@@ -106,7 +108,7 @@ def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
             " ".join(filter(None, (kept, cell.hot if cell.hot != SPREAD else "", cell.tuning))),
             f"{figure.floor_us:,.1f}",
             f"{microseconds(figure)} ({figure.floor_fraction:.2f})",
-            *(microseconds(figures.get(Cell(cell.shape, peer))) for peer in NAMES),
+            *(microseconds(figures.get(Cell(cell.shape, other))) for other in (BASE_READ, *NAMES)),
             *(ratio(over(figures, cell, peer)) for peer in NAMES),
         )
     return result
@@ -138,7 +140,7 @@ def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:
         "Floor: bytes of the base, and of residual and V of what is kept, at the "
         f"{bandwidth / 1e6:.2f} TB/s that a large sum reads."
     )
-    worst = max((figure.error for cell, figure in figures.items() if cell.series not in PEERS),
+    worst = max((figure.error for cell, figure in figures.items() if cell.series not in FIXED),
                 default=0.0)  # fmt: skip
     notes.append(f"Every output was checked first; our largest relative error is {worst:.1e}.")
     cached = sum(figure.cached for figure in figures.values())
@@ -147,7 +149,7 @@ def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:
             f"{CACHED} {cached} of {len(figures)} figures come from earlier runs on such a GPU; "
             "--fresh measures them again, side by side."
         )
-    codes = {figure.code for cell, figure in figures.items() if cell.series not in PEERS}
+    codes = {figure.code for cell, figure in figures.items() if cell.series not in FIXED}
     if len(codes) > 1:
         notes.append(f"Our figures come from {len(codes)} versions of the code.")
     return notes

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_ffa_fp8fp8.bench.cells import PEERS, SPREAD, Cell, Figure, Figures, Geometry, Shape
 
-OUR_FILES = ("inputs.py", "timing.py", "decoder.py")
+OUR_FILES = ("inputs.py", "timing.py", "decoder.py", "base_read.py")
 PEER_FILES = ("inputs.py", "timing.py", "peers.py")
 NUMBER = (int, float)
 OTHER_KINDS = {"records": "bench-serving", "prefill": "bench-kproj"}

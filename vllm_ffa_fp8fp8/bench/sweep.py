@@ -6,10 +6,12 @@ from dataclasses import fields
 
 import torch
 
+from vllm_ffa_fp8fp8.bench.base_read import time_base_read
 from vllm_ffa_fp8fp8.bench.cells import (
+    BASE_READ,
     EXACT,
+    FIXED,
     OURS,
-    PEERS,
     SPREAD,
     VALUE_BYTES,
     Cell,
@@ -57,7 +59,7 @@ def sweep(
     cells: Iterable[Cell], store: Store, tell: Callable[[str], None], profile: bool = False
 ) -> Figures:
     """The figures of `cells`, from the store or measured now. Raises CheckFailed."""
-    codes = {series: code_fingerprint(series) for series in (OURS, EXACT, *PEERS)}
+    codes = {series: code_fingerprint(series) for series in (OURS, EXACT, *FIXED)}
     figures, bandwidth = {}, None
     by_shape: dict = {}
     for cell in cells:
@@ -98,7 +100,7 @@ def measure(
         ]
         sets = [make_inputs(shape, kept, seed, hot=hot) for seed in range(num_sets(shape))]
         for value_dtype in VALUE_BYTES:
-            ours = [c for c in due if c.series not in PEERS and c.value_dtype == value_dtype]
+            ours = [c for c in due if c.series not in FIXED and c.value_dtype == value_dtype]
             planes = [write_cache(inputs, value_dtype) for inputs in sets] if ours else []
             for cell in ours:
                 decoder = Decoder(
@@ -115,8 +117,14 @@ def measure(
                     tell_kernels(f"  {cell.series} {kept} {hot}: {decoder.profile(sets, planes)}")
             del planes
         for cell in due:
-            if cell.series in PEERS:
+            if cell.series not in FIXED:
+                continue
+            if cell.series == BASE_READ:
+                planes = [write_cache(inputs, "auto") for inputs in sets]
+                us, error = time_base_read(shape, sets, planes), 0.0
+                del planes
+            else:
                 us, error = time_peer(shape, sets, cell.series)
-                floor = cell.floor_bytes(1.0) / bandwidth
-                yield cell, Figure(us, floor, 1.0, error, codes[cell.series])
+            floor = cell.floor_bytes(1.0) / bandwidth
+            yield cell, Figure(us, floor, 1.0, error, codes[cell.series])
         del sets

@@ -1,0 +1,100 @@
+"""How long it takes to read the FP8 base alone: as decode's scan reads it, without the rest.
+
+What decode takes beyond this is its own; what this takes beyond the floor is the memory's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_ffa_fp8fp8.bench.cells import Shape
+from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
+from vllm_ffa_fp8fp8.bench.inputs import Inputs
+from vllm_ffa_fp8fp8.bench.timing import time_graph
+from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.paged_rows import load_places, tile_pointers
+
+CHUNK_BLOCKS = 128
+
+
+@triton.jit
+def _base_read_kernel(
+    sums_ptr,
+    work_ptr,
+    key_ptr,
+    block_table_ptr,
+    block_table_stride,
+    key_stride_page,
+    key_stride_head,
+    KEY_STRIDE: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    ROW_WORDS_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: a work item and KV head of `decode_kernel`; adds up its words of 32 bits."""
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    request = tl.load(work_ptr + item * 4)
+    index = tl.load(work_ptr + item * 4 + 1)
+    num_items = tl.maximum(tl.load(work_ptr + item * 4 + 2), 1)
+    seq_len = tl.load(work_ptr + item * 4 + 3)
+    TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
+    tokens = tl.arange(0, TILE)
+    columns = tl.arange(0, ROW_WORDS_PADDED)
+    sums = tl.zeros([TILE, ROW_WORDS_PADDED], tl.int32)
+    num_blocks = tl.where(request < 0, 0, (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE)
+    row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
+    key_ptr += kv_head.to(tl.int64) * key_stride_head
+    for chunk in range(index, num_blocks, CHUNK_BLOCKS * num_items):
+        places = load_places(
+            row_ptr, chunk, num_items, seq_len, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE, CHUNK_BLOCKS
+        )
+        count = tl.minimum((num_blocks - chunk + num_items - 1) // num_items, CHUNK_BLOCKS)
+        for first in tl.range(0, count, TILE_BLOCKS, num_stages=STAGES):
+            rows = tile_pointers(
+                key_ptr,
+                places,
+                first,
+                tokens,
+                key_stride_page,
+                KEY_STRIDE,
+                BLOCK_SIZE,
+                BLOCK_SIZE,
+                BLOCK_SIZE,
+                TILE,
+            )
+            exists = (first + tokens // BLOCK_SIZE < count)[:, None] & (columns < ROW_WORDS)
+            sums += tl.load(rows[:, None] + columns[None, :], mask=exists, other=0)
+    tl.store(sums_ptr + item * tl.num_programs(0) + kv_head, tl.sum(sums))
+
+
+def time_base_read(shape: Shape, sets: list[Inputs], planes: list[KVPlanes]) -> float:
+    """Microseconds of one launch. Raises CheckFailed where it does not read everything."""
+    decoder = Decoder(shape, True, {}, str(sets[0].query.device))
+    work, limits = decoder.plan.work, decoder.plan.limits
+    heads = shape.geometry.num_kv_heads
+    sums = torch.zeros(len(work), heads, dtype=torch.int32, device=work.device)
+    keys = [p.key.view(torch.int32) for p in planes]
+
+    def launch(inputs: Inputs, key: torch.Tensor) -> None:
+        _base_read_kernel[(heads, decoder.plan.num_items)](
+            sums, work, key, inputs.block_table, inputs.block_table.stride(0), *key.stride()[:2],
+            KEY_STRIDE=key.stride(2),
+            ROW_WORDS=key.shape[3],
+            ROW_WORDS_PADDED=triton.next_power_of_2(key.shape[3]),
+            BLOCK_SIZE=limits.block_size,
+            CHUNK_BLOCKS=CHUNK_BLOCKS,
+            TILE_BLOCKS=limits.tile_blocks(shape.batch),
+            STAGES=limits.tuning_of(shape.batch).scan_stages,
+        )  # fmt: skip
+
+    launch(sets[0], keys[0])
+    read, stored = (int(t.sum(dtype=torch.int64)) % (1 << 32) for t in (sums, keys[0]))
+    if read != stored:
+        raise CheckFailed(f"{shape}: the words of the base add up to {stored}, not to {read}")
+    return time_graph(
+        [lambda i=inputs, k=key: launch(i, k) for inputs, key in zip(sets, keys, strict=True)]
+    )
