@@ -168,7 +168,7 @@ class DecodeScratch:
         return cls(*(torch.empty(s, dtype=d, device=device) for s, d in limits.scratch_shapes))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "num_items"])  # batches share compilations
 def _decode_plan_kernel(
     work_ptr,
     seq_lens_ptr,
@@ -227,10 +227,11 @@ class DecodePlan:
     """Which program of the decode kernel works on what.
 
     `work` is int32 `[num_items, 4]`: request (-1: no work), index of the item in the request,
-    number of the request's items, its length. Item `i` of `n` covers blocks `i * blocks // n ...
-    (i + 1) * blocks // n`; a request's items follow one another. `arrivals` is int32 `[num_reqs,
-    num_kv_heads]`, zeros between launches: how many programs are done. The buffers keep their
-    addresses when the plan is updated, so that a CUDA graph may hold them.
+    number of the request's items, its length. Item `i` of `n` covers blocks `i`, `i + n`,
+    `i + 2n`, ..., so that kept blocks that lie together are shared; a request's items follow one
+    another. `arrivals` is int32 `[num_reqs, num_kv_heads]`, zeros between launches: how many
+    programs are done. The buffers keep their addresses when the plan is updated, so that a CUDA
+    graph may hold them.
     """
 
     limits: DecodeLimits
@@ -253,8 +254,8 @@ class DecodePlan:
     def update(self, seq_lens: torch.Tensor) -> "DecodePlan":
         """Plans a batch on the device and returns the plan cut to its size.
 
-        Every request is cut into equal runs of blocks, so that all items of the batch are of
-        about one size, unless the limits are batch invariant. Rows of length 0 are padding and
+        The blocks of every request are dealt out to so many items that all items of the batch are
+        of about one size, unless the limits are batch invariant. Rows of length 0 are padding and
         get one item without blocks.
 
         Args:

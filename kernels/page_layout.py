@@ -123,6 +123,11 @@ class PageLayout:
                 "expected pages of a multiple of 16 tokens, contiguous per (block, head), got "
                 f"shape {tuple(kv_cache.shape)}, strides {kv_cache.stride()}"
             )
+        if kv_cache.storage_offset() % 16:
+            raise ValueError(
+                "expected a cache that begins at a multiple of 16 bytes of its storage, got "
+                f"{kv_cache.storage_offset()}"
+            )
         views: dict[str, Any] = {"page_size": page_size, "key_residual": None, "key_exponent": None}
         offset = kv_cache.storage_offset()
         for plane in self.planes:

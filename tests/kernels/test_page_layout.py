@@ -82,6 +82,10 @@ WIDTH = LAYOUT.bytes_per_token
             torch.zeros(1, 16, 2, WIDTH, dtype=torch.uint8).transpose(1, 2),
             r"contiguous per \(block, head\), got shape \(1, 2, 16, 257\), strides",
         ),
+        (
+            torch.zeros(8 + 16 * WIDTH, dtype=torch.uint8)[8:].view(1, 1, 16, WIDTH),
+            "multiple of 16 bytes of its storage, got 8",
+        ),
     ],
 )
 def test_refused_caches(cache, message):
