@@ -1,5 +1,6 @@
 """Every test that takes `device` runs interpreted on the CPU and, marked `gpu`, compiled."""
 
+import checked_memory as checked_memory_module
 import pytest
 
 from vllm_ffa_fp8fp8.kernels.runtime import INTERPRETED
@@ -10,3 +11,10 @@ def device(request) -> str:
     if (request.param == "cpu") != INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 runs kernels on the CPU, TRITON_INTERPRET=0 on the GPU")
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETED)
+def checked_memory():
+    """Kernels touch nothing but their tensors, in all tests."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield checked_memory_module.install(monkeypatch)

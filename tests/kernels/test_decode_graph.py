@@ -120,15 +120,13 @@ def _copy_late(target_ptr, source_ptr, num_words, BLOCK: tl.constexpr):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("late", ["cache", "query"])
 @pytest.mark.parametrize("prune", [True, False], ids=["pruned", "dense"])
-def test_an_early_launch_waits_for_what_the_kernel_ahead_writes(prune, late):
+def test_an_early_launch_waits_for_what_the_kernel_ahead_writes(prune):
     case = Case((1000, 900), num_kv_heads=3)
     step = Step(case, "cuda")
     plan = step.plan.update(step.seq_lens)
-    target, heads = (step.storage, 2) if late == "cache" else (step.query, 1)
-    words = target.view(torch.int32)
-    sources = [words.roll(turn, dims=heads) for turn in range(3)]  # other heads' data
+    words = step.query.view(torch.int32)
+    sources = [words.roll(turn, dims=1) for turn in range(3)]  # other heads' queries
 
     def decode(output, **options) -> None:
         decode_attention(
