@@ -65,7 +65,8 @@ def decode_attention(
         counters: int64 `[2]`, to which kept and all blocks are added.
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
             launch, from compute capability 9.0 on; no effect elsewhere). That kernel may write
-            all that this one reads except `plan` and `block_table`.
+            all that this one reads except `plan` and `block_table`, and lets this one start, if at
+            all, only after it has itself waited for the kernels before it, as those here do.
     """
     num_heads, head_size = query.shape[1:]
     num_reqs = seq_lens.shape[0]

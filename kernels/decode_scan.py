@@ -109,8 +109,9 @@ def scan_blocks(
     `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
 
     Writes the scores of kept blocks, log2 units, to `scores[index, token, row]`.
-    Returns which blocks are kept, as the bits of two int64, bit i of the first for the chunk's
-    block of that index, and the largest score of every row, float32 `[ROWS_PADDED]`.
+    Returns which blocks are kept, as the bits of two int64, bit i of the first for block i of the
+    chunk, of the second for block 64 + i, and the largest score of every row, float32
+    `[ROWS_PADDED]`.
     """
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     RUNS: tl.constexpr = BLOCK_SIZE // 16

@@ -107,7 +107,7 @@ class PageLayout:
 
         Args:
             kv_cache: uint8 `[num_blocks, num_kv_heads, page_size, bytes_per_token]`, each
-                (block, head) contiguous.
+                (block, head) contiguous; offset and strides are multiples of 16 bytes.
 
         Raises:
             ValueError: the tensor is not such a cache.
@@ -123,10 +123,10 @@ class PageLayout:
                 "expected pages of a multiple of 16 tokens, contiguous per (block, head), got "
                 f"shape {tuple(kv_cache.shape)}, strides {kv_cache.stride()}"
             )
-        if kv_cache.storage_offset() % 16:
+        if any(n % 16 for n in (kv_cache.storage_offset(), *kv_cache.stride()[:2])):
             raise ValueError(
-                "expected a cache that begins at a multiple of 16 bytes of its storage, got "
-                f"{kv_cache.storage_offset()}"
+                "expected pages and heads that begin at multiples of 16 bytes, got offset "
+                f"{kv_cache.storage_offset()}, strides {kv_cache.stride()}"
             )
         views: dict[str, Any] = {"page_size": page_size, "key_residual": None, "key_exponent": None}
         offset = kv_cache.storage_offset()

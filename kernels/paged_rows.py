@@ -103,7 +103,7 @@ def prefetch(pointers, wanted):
 
 @triton.jit
 def prefetch_rows(pointers, wanted, HEAD_SIZE: tl.constexpr):
-    """The same for whole rows of a plane, `[ROWS]`."""
+    """The same for rows of a plane, `[ROWS]`: the lines that every 128 bytes of them begin in."""
     BYTES: tl.constexpr = HEAD_SIZE * (pointers.dtype.element_ty.primitive_bitwidth // 8)
     for begin in tl.static_range(0, BYTES, 128):
         prefetch(pointers + begin * HEAD_SIZE // BYTES, wanted)

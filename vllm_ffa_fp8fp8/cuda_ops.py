@@ -118,7 +118,7 @@ class CudaOps:
             min_context=self.impl.config.min_context,
             precomputed_threshold=self.impl.config.precomputed_threshold,
             counters=self.impl.counters,
-            launch_pdl=True,  # the kernel ahead is the cache write of the same layer
+            launch_pdl=True,  # the kernel ahead is the layer's cache write or threshold kernel
         )
 
     def prefill(

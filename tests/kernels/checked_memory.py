@@ -1,4 +1,5 @@
-"""Checks every address that interpreted kernels read or write: it lies in one of their tensors."""
+"""Checks every address that interpreted kernels read or write: it lies in the storage of one of
+their tensors."""
 
 import numpy as np
 import torch
@@ -6,7 +7,8 @@ import triton.runtime.interpreter as interpreter
 
 
 class CheckedMemory:
-    """Stands for the interpreter's memory; `ranges` are those of the running kernel's tensors."""
+    """Stands for the interpreter's memory; `starts` and `ends` are those of the storages that the
+    running kernel's tensors lie in."""
 
     def __init__(self, memory):
         self.memory = memory

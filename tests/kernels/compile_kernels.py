@@ -148,6 +148,17 @@ def cases(capability: int) -> list[Case]:
     ]
 
 
+def check_wait(name: str, ptx: str) -> None:
+    """Nothing is written before the wait for the kernel ahead, and but for what decode finds its
+    work with, nothing read; the next kernel may start only after it."""
+    early, wait, _ = ptx.partition("griddepcontrol.wait")
+    assert wait, f"{name} does not wait"
+    late = ("st.global", "atom.", "red.global", "cp.async", "griddepcontrol.launch_dependents")
+    if name != "decode_kernel":
+        late += ("ld.global",)
+    assert not (found := [operation for operation in late if operation in early]), (name, found)
+
+
 def main(capability: int) -> None:
     for number, case in enumerate(cases(capability)):
         for kernel, args, kwargs in record(case, capability, every_way=number == 0):
@@ -155,6 +166,8 @@ def main(capability: int) -> None:
             shared = compiled.metadata.shared
             print(kernel.__name__, shared, case, flush=True)
             assert shared <= SHARED_MEMORY[capability], (kernel.__name__, case, shared)
+            if kwargs.get("PDL"):
+                check_wait(kernel.__name__, compiled.asm["ptx"])
 
 
 if __name__ == "__main__":

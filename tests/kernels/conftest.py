@@ -15,6 +15,6 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session", autouse=INTERPRETED)
 def checked_memory():
-    """Kernels touch nothing but their tensors, in all tests."""
+    """Kernels touch nothing but the storages of their tensors, in all tests."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield checked_memory_module.install(monkeypatch)

@@ -84,7 +84,13 @@ WIDTH = LAYOUT.bytes_per_token
         ),
         (
             torch.zeros(8 + 16 * WIDTH, dtype=torch.uint8)[8:].view(1, 1, 16, WIDTH),
-            "multiple of 16 bytes of its storage, got 8",
+            "multiples of 16 bytes, got offset 8",
+        ),
+        (
+            torch.zeros(2 * 16 * WIDTH + 1, dtype=torch.uint8).as_strided(
+                (2, 1, 16, WIDTH), (16 * WIDTH + 1, 16 * WIDTH, WIDTH, 1)
+            ),
+            r"multiples of 16 bytes, got offset 0, strides \(4113",
         ),
     ],
 )

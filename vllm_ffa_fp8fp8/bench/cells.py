@@ -85,7 +85,7 @@ class Shape:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One figure to measure. The series that are FIXED know neither `kept` nor `tuning`.
+    """One figure to measure. The series that are FIXED know none of the last four fields.
 
     Args:
         series: ours, exact (`delta = None`), base_read (nothing but the read of the base), fa3_bf16
