@@ -56,15 +56,13 @@ def test_qwen3_on_cpu(models):
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
-def test_recall_on_cpu(models):
+def test_compiled_recall_on_cpu(models):
     """torch.compile, too, traces through the module's forward to the operator."""
     lengths = (512, 1000)
-    batches = recall_batches(lengths, 4)
-    fused, _ = run_both(batches, "auto", ANSWER, **models("recall-9m"), **CPU)
-    assert fused_lines(fused)[0].startswith("LlamaAttention runs its linear layer, then one")
     options, compiled = {"preset": "exact"}, CPU | {"enforce_eager": False}
-    run = run_ours(batches, ANSWER, options, **models("recall-9m"), **compiled)
-    assert len(fused_lines(run)) == 1
+    run = run_ours(recall_batches(lengths, 4), ANSWER, options, **models("recall-9m"), **compiled)
+    (line,) = fused_lines(run)
+    assert line.startswith("LlamaAttention runs its linear layer, then one")
     assert run.facts["compilation_mode"] not in (None, "NONE")
     for answers, length in zip(run.batches, lengths, strict=True):
         check_codes(answers, questions(length, 4))
