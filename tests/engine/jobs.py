@@ -9,7 +9,7 @@ MIXED_LENGTHS_GPU = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 500,
 MIXED_LENGTHS_GPU += (1500, 2047, 2048, 2049, 5000, 12_000)
 # bfloat16 logits lie 0.06 or more apart, or tie.
 FINE_LOGITS = {"hf_overrides": {"head_dtype": "float32"}}
-RECALL_LENGTHS = (2048, 6000)
+RECALL_LENGTHS = (2048, 4500)
 RECALL_LENGTHS_GPU = (2048, 8192, 16_384)
 GPU = FINE_LOGITS | {
     "max_model_len": 20_000,

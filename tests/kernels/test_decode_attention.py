@@ -207,7 +207,7 @@ def test_items_of_many_chunks(device, chunk_blocks):
     check(batch, device, None, limits=limits)
 
 
-@pytest.mark.parametrize("page_size", [16, 48, 64])
+@pytest.mark.parametrize("page_size", [16, 48])
 def test_chunks_of_many_blocks(device, page_size):
     """More blocks than one word has bits, and than one tensor of places holds."""
     case = Case((2300,), num_kv_heads=1, page_size=page_size, block_size=16)
@@ -242,7 +242,7 @@ def test_runs_are_bit_equal(device):
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_batch_invariant(device, query_len):
     """A request gives the same bits alone, and among others in any order."""
-    lengths = (90, 2100, 700) if device == "cpu" else (90, 20_000, 70_000, 5000, 8)
+    lengths = (90, 1300, 500) if device == "cpu" else (90, 20_000, 70_000, 5000, 8)
     case = Case(lengths, group=2, num_kv_heads=1, block_size=16, query_len=query_len)
     batch = make_batch(case)
     delta = choose_delta(batch)
