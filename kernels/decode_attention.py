@@ -9,7 +9,7 @@ from .decode_kernel import decode_kernel
 from .decode_plan import DecodePlan, DecodeScratch
 from .decode_scan import decode_threshold_kernel
 from .page_layout import KVPlanes
-from .runtime import compute_dtype, supports_pdl
+from .runtime import compute_dtype, pdl_arguments
 
 ANCHOR_TOKENS = 16
 """How many of a request's first and of its last tokens set the threshold."""
@@ -95,7 +95,6 @@ def decode_attention(
         tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
     num_warps = tuning.num_warps * (2 if rows > 32 else 1)
     merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(head_size))
-    pdl = launch_pdl and supports_pdl(query.device)
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
         "KEY_STRIDE": planes.key.stride(2),
@@ -151,8 +150,7 @@ def decode_attention(
         ATTEND_STAGES=attend_stages,
         MERGE_ROWS=rows,
         MERGE_SLOTS=max(1, merge_rows // max(1, rows // num_warps)),
-        PDL=pdl,
-        launch_pdl=pdl,
+        **pdl_arguments(query.device, launch_pdl),
         num_warps=num_warps,
         maxnreg=tuning.max_registers if rows <= 16 else 255,
         **common,

@@ -32,7 +32,9 @@ def prefetch_scan(
             rows = token_pointers(
                 exponent_ptr, anchor_pages, positions, exponent_stride_page, 1, PAGE_SIZE
             )
-            prefetch(rows, exists & (positions % ANCHOR_TOKENS == 0))
+            begins = tl.arange(0, 4 * ANCHOR_TOKENS) % ANCHOR_TOKENS == 0
+            begins |= positions % PAGE_SIZE == 0  # the last tokens may lie in two pages
+            prefetch(rows, exists & begins)
     tokens = tl.arange(0, TILE_BLOCKS * BLOCK_SIZE)
     positions = (first_block + tokens // BLOCK_SIZE * step) * BLOCK_SIZE + tokens % BLOCK_SIZE
     exists = positions < seq_len

@@ -6,6 +6,7 @@ import triton.language as tl
 from .decode_attend import attend_blocks, narrow, num_kept, raise_reference
 from .decode_early import prefetch_scan
 from .decode_merge import merge_items
+from .decode_plan import item_blocks, load_item
 from .decode_query import load_query, query_rows, split_query
 from .decode_scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
 from .paged_rows import load_places
@@ -86,10 +87,7 @@ def decode_kernel(
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    request = tl.load(work_ptr + item * 4)
-    index = tl.load(work_ptr + item * 4 + 1)
-    num_items = tl.load(work_ptr + item * 4 + 2)
-    seq_len = tl.load(work_ptr + item * 4 + 3)
+    request, index, num_items, seq_len = load_item(work_ptr, item)
     if (request | index | num_items | seq_len) < 0:  # of all, so that all are loaded at once
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -101,8 +99,7 @@ def decode_kernel(
     first_head = kv_head * GROUP
     output_place = (token + row_tokens) * output_stride_token
     output_place += (first_head + row_heads) * output_stride_head
-    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
-    num_blocks = (num_blocks - index + num_items - 1) // num_items
+    num_blocks = item_blocks(index, num_items, seq_len, BLOCK_SIZE)
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
     places = load_places(
         block_table_row_ptr, index, num_items, seq_len, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS

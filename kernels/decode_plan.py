@@ -222,6 +222,20 @@ def _decode_plan_kernel(
     tl.store(row_ptr + 3, tl.sum(tl.where(mine, seq_lens[None, :], 0), axis=1), mask=stored)
 
 
+@triton.jit
+def load_item(work_ptr, item):
+    """Request, index in it, number of its items and its length, of a row of `DecodePlan.work`."""
+    row_ptr = work_ptr + item * 4
+    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+
+
+@triton.jit
+def item_blocks(index, num_items, seq_len, BLOCK_SIZE: tl.constexpr):
+    """How many blocks item `index` of `num_items` covers."""
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    return (num_blocks - index + num_items - 1) // num_items
+
+
 @dataclass
 class DecodePlan:
     """Which program of the decode kernel works on what.

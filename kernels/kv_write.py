@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_value_rows
 from .page_layout import KVPlanes
-from .runtime import supports_pdl
+from .runtime import pdl_arguments, wait_and_release
 
 
 @triton.jit
@@ -44,9 +44,7 @@ def _kv_write_kernel(
     RESIDUAL_SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_and_release(PDL)
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, HEAD_SIZE_PADDED)
@@ -104,7 +102,6 @@ def write_kv(
     if num_tokens == 0:
         return
     assert key.stride(-1) == 1 and value.stride(-1) == 1
-    pdl = supports_pdl(key.device)
     rows = 4 if num_tokens <= 1024 else 16
     _kv_write_kernel[(triton.cdiv(num_tokens, rows), planes.num_kv_heads)](
         key,
@@ -119,8 +116,7 @@ def write_kv(
         HEAD_SIZE=planes.head_size,
         HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
         ROWS=rows,
-        PDL=pdl,
-        launch_pdl=pdl,
+        **pdl_arguments(key.device),
         **plane_constants(planes),
         num_warps=4,
     )

@@ -14,7 +14,7 @@ from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_
 from .page_layout import KVPlanes
 from .projection_tuning import MAX_PROJECTED_TOKENS, ProjectionTuning
 from .qkv_heads import QKVHeads, load_rotation, norm_and_rotate, rotation_partners, round_to
-from .runtime import compute_dtype, supports_pdl
+from .runtime import compute_dtype, pdl_arguments, wait_and_release
 
 
 @triton.jit
@@ -109,9 +109,7 @@ def _project_write_kernel(
     RESIDUAL_SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_and_release(PDL)
     WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     head = tl.program_id(0)
@@ -284,7 +282,6 @@ def project_rope_and_write(
     assert scratch.sums.numel() >= tuning.splits * num_tokens * width
     assert scratch.arrived.numel() >= heads.num_all_heads
     write = planes is not None and slot_mapping is not None and slot_mapping.shape[0] > 0
-    pdl = supports_pdl(hidden_states.device)
     _project_write_kernel[(heads.num_all_heads, tuning.splits)](
         hidden_states,
         weight,
@@ -312,7 +309,6 @@ def project_rope_and_write(
         **tuning.launch(num_tokens, heads.head_size),
         DOT_DTYPE=compute_dtype(hidden_states.dtype),
         WRITE_CACHE=write,
-        PDL=pdl,
-        launch_pdl=pdl,
+        **pdl_arguments(hidden_states.device),
         **plane_constants(planes if write else None),
     )

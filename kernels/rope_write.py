@@ -8,7 +8,7 @@ from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_
 from .page_layout import KVPlanes
 from .projection_tuning import RopeWriteTuning, rope_write_tuning
 from .qkv_heads import QKVHeads, load_rotation, norm_and_rotate, rotation_partners, round_to
-from .runtime import supports_pdl
+from .runtime import pdl_arguments, wait_and_release
 
 
 @triton.jit
@@ -64,9 +64,7 @@ def _rope_write_kernel(
     RESIDUAL_SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_and_release(PDL)
     QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KEY_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     PROGRAMS: tl.constexpr = QUERY_PROGRAMS + KEY_PROGRAMS
@@ -174,7 +172,6 @@ def rope_and_write(
     tuning = tuning or rope_write_tuning(num_tokens)
     programs = sum(triton.cdiv(n, tuning.heads) for n in (heads.num_heads, heads.num_kv_heads))
     write = planes is not None and slot_mapping is not None and slot_mapping.shape[0] > 0
-    pdl = supports_pdl(qkv.device)
     _rope_write_kernel[(programs * triton.cdiv(num_tokens, tuning.tokens),)](
         qkv,
         rotated,
@@ -195,8 +192,7 @@ def rope_and_write(
         HEADS=tuning.heads,
         IN_PLACE=rotated.data_ptr() == qkv.data_ptr(),
         WRITE_CACHE=write,
-        PDL=pdl,
-        launch_pdl=pdl,
+        **pdl_arguments(qkv.device),
         **plane_constants(planes if write else None),
         num_warps=tuning.warps,
     )

@@ -34,3 +34,22 @@ def supports_pdl(device: torch.device) -> bool:
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def pdl_arguments(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+    """Arguments of a launch that starts early where the device can and it is `wanted`: of the
+    kernel, whose constexpr PDL says whether it has to wait, and of Triton."""
+    pdl = wanted and supports_pdl(device)
+    return {"PDL": pdl, "launch_pdl": pdl}
+
+
+@triton.jit
+def wait_and_release(PDL: tl.constexpr):
+    """Waits for the kernels ahead in the stream, then lets the next one start.
+
+    In this order, so that what the next one reads before its own wait was written by kernels that
+    have ended.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

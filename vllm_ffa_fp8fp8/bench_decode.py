@@ -11,7 +11,9 @@ from pathlib import Path
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.bars import KEPT, bar_cells
 from vllm_ffa_fp8fp8.bench.cells import (
+    AHEAD,
     HOT,
+    NOTHING,
     PEERS,
     SPREAD,
     VALUE_BYTES,
@@ -49,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--hot", nargs="+", choices=HOT, default=[SPREAD],
         help="where the kept blocks are: anywhere, or all at the end (default: spread)",
+    )  # fmt: skip
+    add(
+        "--ahead", nargs="+", choices=AHEAD, default=[NOTHING],
+        help="what is timed with attention, ahead of it: nothing, or the write of the newest keys "
+        "and values to the cache, as in a layer; for the peers, too (default: nothing)",
     )  # fmt: skip
     add(
         "--heads", nargs="+", default=["32:8"], metavar="Q:KV",
@@ -168,7 +175,9 @@ def wanted_cells(options: argparse.Namespace, value_dtypes: list[str], peers: bo
     ]
     shapes = [Shape.parse(text, geometry) for geometry in geometries for text in options.shapes]
     tunings = ["", *options.vary]
-    return plan_cells(shapes, list(options.kept), value_dtypes, tunings, peers, options.hot)
+    return plan_cells(
+        shapes, list(options.kept), value_dtypes, tunings, peers, options.hot, options.ahead
+    )
 
 
 def parse_heads(text: str) -> tuple[int, int]:

@@ -68,15 +68,16 @@ def compile_launch(kernel, args, kwargs, capability: int):
 def record(case: Case, capability: int, every_way: bool) -> list:
     """What one batch launches: pruned, and with `every_way` as decode is called otherwise."""
     launches: list = []
-    modules = {name: importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}") for name in KERNELS}
-    originals = {}
+    modules = {
+        name: importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}")
+        for name in (*KERNELS, "runtime")
+    }
+    originals = {("runtime", "supports_pdl"): modules["runtime"].supports_pdl}
+    modules["runtime"].supports_pdl = lambda device: capability >= 90
     for name, kernels in KERNELS.items():
         for kernel in kernels:
             originals[name, kernel] = getattr(modules[name], kernel)
             setattr(modules[name], kernel, Recorder(originals[name, kernel], launches))
-        if hasattr(modules[name], "supports_pdl"):
-            originals[name, "supports_pdl"] = modules[name].supports_pdl
-            modules[name].supports_pdl = lambda device: capability >= 90
     batch = make_batch(case)
     planes = case.layout.split(batch.storage[1])
     ways = [

@@ -109,24 +109,39 @@ def test_graph(largest):
 
 @triton.jit
 def _copy_late(target_ptr, source_ptr, num_words, BLOCK: tl.constexpr):
-    """Lets the next kernel start, sleeps for 20 us, then copies."""
+    """Lets the next kernel start, sleeps for 100 us, then copies."""
     tl.extra.cuda.gdc_launch_dependents()
     tl.inline_asm_elementwise(
-        "nanosleep.u32 20000; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
+        """{
+        .reg .u64 begin, now; .reg .pred early;
+        mov.u64 begin, %globaltimer;
+        sleep: nanosleep.u32 1000;
+        mov.u64 now, %globaltimer;
+        sub.u64 now, now, begin;
+        setp.lt.u64 early, now, 100000;
+        @early bra sleep;
+        mov.b32 $0, 0;
+        }""",
+        "=r", [], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     words = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(source_ptr + words, mask=words < num_words)
     tl.store(target_ptr + words, source, mask=words < num_words)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("late", ["query", "cache"])
 @pytest.mark.parametrize("prune", [True, False], ids=["pruned", "dense"])
-def test_an_early_launch_waits_for_what_the_kernel_ahead_writes(prune):
+def test_an_early_launch_waits_for_what_the_kernel_ahead_writes(prune, late):
     case = Case((1000, 900), num_kv_heads=3)
     step = Step(case, "cuda")
     plan = step.plan.update(step.seq_lens)
-    words = step.query.view(torch.int32)
-    sources = [words.roll(turn, dims=1) for turn in range(3)]  # other heads' queries
+    written = {"query": step.query, "cache": step.storage[1]}[late]
+    words = written.flatten(2).view(torch.int32)
+    programs = triton.cdiv(words.numel(), 1024)
+    # so few that all run at once, and decode may start when they have
+    assert programs <= 4 * torch.cuda.get_device_properties("cuda").multi_processor_count
+    sources = [words.roll(turn, dims=1) for turn in range(3)]  # other heads' queries or cache
 
     def decode(output, **options) -> None:
         decode_attention(
@@ -142,7 +157,7 @@ def test_an_early_launch_waits_for_what_the_kernel_ahead_writes(prune):
 
     def run() -> None:
         for source, output in zip(sources, outputs, strict=True):
-            _copy_late[(triton.cdiv(source.numel(), 1024),)](words, source, source.numel(), 1024)
+            _copy_late[(programs,)](words, source, source.numel(), 1024)
             decode(output, launch_pdl=True)
 
     run()

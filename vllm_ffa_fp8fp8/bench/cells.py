@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
 PEERS = {FA3_BF16: 4, FA3_FP8: 2}
@@ -14,6 +15,10 @@ VALUE_BYTES = {"auto": 2, "fp8": 1}
 SPREAD, NEWEST = "spread", "newest"
 HOT = (SPREAD, NEWEST)
 """Where hot blocks are planted: anywhere, or one after another at the end of the context."""
+NOTHING, WRITE = "nothing", "write"
+AHEAD = (NOTHING, WRITE)
+"""What is timed with attention, ahead of it: nothing, or the write of the newest tokens' keys and
+values to the cache, as in a layer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -85,7 +90,8 @@ class Shape:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One figure to measure. The series that are FIXED know none of the last four fields.
+    """One figure to measure. The series that are FIXED know none of the last fields, peers `ahead`
+    alone.
 
     Args:
         series: ours, exact (`delta = None`), base_read (nothing but the read of the base), fa3_bf16
@@ -94,6 +100,7 @@ class Cell:
         kept: fraction of the blocks to plant as hot.
         tuning: changes to the launch parameters, `name=value,...`.
         hot: spread or newest; see `HOT`.
+        ahead: nothing or write; see `AHEAD`.
     """
 
     shape: Shape
@@ -102,11 +109,16 @@ class Cell:
     kept: float = 1.0
     tuning: str = ""
     hot: str = SPREAD
+    ahead: str = NOTHING
 
     @property
     def is_variant(self) -> bool:
         """Whether it is shown beside the figure that counts."""
-        return bool(self.tuning) or self.hot != SPREAD
+        return bool(self.tuning) or self.hot != SPREAD or self.ahead != NOTHING
+
+    def peer(self, series: str) -> "Cell":
+        """The cell of another kernel that this one is compared with."""
+        return Cell(self.shape, series, ahead=self.ahead)
 
     def floor_bytes(self, kept: float) -> float:
         """The least that it reads when a fraction of `kept` is kept."""
@@ -145,7 +157,7 @@ Figures = dict[Cell, Figure]
 
 def over(figures: Figures, cell: Cell, peer: str) -> float | None:
     """How many times faster than `peer` the cell is; None where the peer was not timed."""
-    theirs = figures.get(Cell(cell.shape, peer))
+    theirs = figures.get(cell.peer(peer))
     return theirs.us / figures[cell].us if theirs else None
 
 
@@ -156,20 +168,20 @@ def plan_cells(
     tunings: list[str],
     peers: bool = True,
     hot: Sequence[str] = (SPREAD,),
+    ahead: Sequence[str] = (NOTHING,),
 ) -> list[Cell]:
     """All cells of a sweep. Fractions that come to the same number of blocks are timed once."""
     cells = []
     for shape in shapes:
         by_blocks = {shape.kept_blocks(kept): kept for kept in reversed(kept_fractions)}
-        for value_dtype in value_dtypes:
-            for tuning in tunings:
-                cells += [
-                    Cell(shape, OURS, value_dtype, kept, tuning, place)
-                    for place in hot
-                    for kept in sorted(by_blocks.values(), reverse=True)
-                ]
-                cells.append(Cell(shape, EXACT, value_dtype, tuning=tuning))
+        for value_dtype, tuning, before in product(value_dtypes, tunings, ahead):
+            cells += [
+                Cell(shape, OURS, value_dtype, kept, tuning, place, before)
+                for place in hot
+                for kept in sorted(by_blocks.values(), reverse=True)
+            ]
+            cells.append(Cell(shape, EXACT, value_dtype, tuning=tuning, ahead=before))
         cells.append(Cell(shape, BASE_READ))
         if peers:
-            cells += [Cell(shape, peer) for peer in PEERS]
+            cells += [Cell(shape, peer, ahead=before) for before in ahead for peer in PEERS]
     return cells

@@ -10,6 +10,7 @@ from vllm_ffa_fp8fp8.bench.inputs import DELTA, Inputs
 from vllm_ffa_fp8fp8.bench.timing import time_graph
 from vllm_ffa_fp8fp8.kernels.decode_attention import decode_attention
 from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, DecodeScratch
+from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 
@@ -28,6 +29,7 @@ class Decoder:
         prune: with `DELTA`; without it every block is kept, as in the preset `exact`.
         tuning: fields of `DecodeTuning` to change.
         value_dtype: of the cached values.
+        write: write the newest tokens to the cache before each launch, as a layer does.
     """
 
     def __init__(
@@ -37,10 +39,9 @@ class Decoder:
         tuning: dict[str, Any],
         device: str = "cuda",
         value_dtype: torch.dtype = torch.bfloat16,
-        launch_pdl: bool = True,
+        write: bool = False,
     ):
-        self.shape, self.device = shape, torch.device(device)
-        self.launch_pdl = launch_pdl
+        self.shape, self.device, self.write = shape, torch.device(device), write
         geometry = shape.geometry
         limits = DecodeLimits.on_device(
             self.device, num_reqs=shape.batch, seq_len=shape.seq_len,
@@ -56,10 +57,13 @@ class Decoder:
         self.scale = geometry.head_size**-0.5
 
     def launch(self, inputs: Inputs, planes: KVPlanes, output, counters=None) -> None:
+        if self.write:
+            newest = inputs.newest
+            write_kv(newest.key, newest.value, planes, newest.slot_mapping)
         decode_attention(
             inputs.query, planes, inputs.block_table, inputs.seq_lens, self.plan, self.scratch,
             output, scale=self.scale, delta=self.delta, counters=counters,
-            launch_pdl=self.launch_pdl,
+            launch_pdl=True,
         )  # fmt: skip
 
     def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:

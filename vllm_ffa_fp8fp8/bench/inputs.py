@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -24,6 +25,24 @@ class Inputs:
     value: torch.Tensor  # like `key`
     block_table: torch.Tensor  # int32 [batch, pages]
     seq_lens: torch.Tensor  # int32 [batch]
+
+    @cached_property
+    def newest(self) -> "NewestTokens":
+        page_size = self.key.shape[1]
+        last = self.seq_lens.long() - 1
+        pages = self.block_table.gather(1, (last // page_size)[:, None])[:, 0].long()
+        rows = last % page_size
+        slots = pages * page_size + rows
+        return NewestTokens(self.key[pages, rows], self.value[pages, rows], slots)
+
+
+@dataclass
+class NewestTokens:
+    """The last token of every request, as a layer writes it to the cache."""
+
+    key: torch.Tensor  # [batch, num_kv_heads, head_size]
+    value: torch.Tensor  # like `key`
+    slot_mapping: torch.Tensor  # int64 [batch]
 
 
 def num_sets(shape: Shape) -> int:

@@ -28,26 +28,36 @@ def missing_peers(head_size: int) -> str | None:
     return None
 
 
-def time_peer(shape: Shape, sets: list[Inputs], peer: str) -> tuple[float, float]:
-    """Microseconds of the better of two schedules, and the relative error of its output.
+def time_peer(
+    shape: Shape, sets: list[Inputs], peer: str, write: bool = False
+) -> tuple[float, float]:
+    """Microseconds of the better of two schedules, and the relative error of its output; with
+    `write` behind vLLM's write of the newest tokens to the cache.
 
     Raises CheckFailed where an output is wrong.
     """
+    from vllm._custom_ops import reshape_and_cache_flash
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     dtype = torch.float8_e4m3fn if peer == FA3_FP8 else torch.bfloat16
     geometry, device = shape.geometry, sets[0].query.device
     cu_query_lens = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
-    descale = None
+    descale, cache_dtype = None, "auto"
     if peer == FA3_FP8:
         descale = torch.ones(shape.batch, geometry.num_kv_heads, device=device)
+        cache_dtype = "fp8"
+    one = torch.ones(1, device=device)
     tensors = [
-        (s.query.to(dtype), s.key.to(dtype), s.value.to(dtype), s.block_table, s.seq_lens)
+        (s.query.to(dtype), s.key.to(dtype), s.value.to(dtype), s.block_table, s.seq_lens, s.newest)
         for s in sets
     ]
     outputs = [torch.full_like(s.query, float("nan")) for s in sets]
 
-    def launch(query, key, value, block_table, seq_lens, output, schedule):
+    def launch(query, key, value, block_table, seq_lens, newest, output, schedule):
+        if write:
+            reshape_and_cache_flash(
+                newest.key, newest.value, key, value, newest.slot_mapping, cache_dtype, one, one
+            )
         flash_attn_varlen_func(
             query, key, value, 1, cu_query_lens, shape.seq_len, seqused_k=seq_lens,
             softmax_scale=geometry.head_size**-0.5, causal=True, block_table=block_table,
@@ -55,7 +65,7 @@ def time_peer(shape: Shape, sets: list[Inputs], peer: str) -> tuple[float, float
             **schedule,
         )  # fmt: skip
 
-    expected = dense_reference(*tensors[0], scale=geometry.head_size**-0.5)
+    expected = dense_reference(*tensors[0][:5], scale=geometry.head_size**-0.5)
     times, errors = [], []
     for splits in SPLITS:
         schedule = {}

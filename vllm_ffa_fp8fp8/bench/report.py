@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from collections.abc import Iterator
 from itertools import groupby
 
 from rich import box
@@ -16,6 +17,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     FA3_BF16,
     FA3_FP8,
     FIXED,
+    NOTHING,
     SPREAD,
     Cell,
     Figure,
@@ -90,7 +92,19 @@ def figure_tables(figures: Figures) -> list[Table]:
 
 def _order(cell: Cell) -> tuple:
     exact = cell.series == EXACT
-    return (cell.shape, cell.value_dtype, exact, cell.hot != SPREAD, -cell.kept, cell.tuning)
+    return (
+        cell.shape, cell.value_dtype, cell.ahead, exact, cell.hot != SPREAD, -cell.kept, cell.tuning
+    )  # fmt: skip
+
+
+def _variant(cell: Cell) -> Iterator[str]:
+    """What sets a cell apart from the figure that counts."""
+    if cell.hot != SPREAD:
+        yield cell.hot
+    if cell.ahead != NOTHING:
+        yield f"with {cell.ahead}"
+    if cell.tuning:
+        yield cell.tuning
 
 
 def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
@@ -105,10 +119,11 @@ def _figure_table(geometry: str, cells: list[Cell], figures: Figures) -> Table:
         result.add_row(
             str(cell.shape),
             cell.value_dtype,
-            " ".join(filter(None, (kept, cell.hot if cell.hot != SPREAD else "", cell.tuning))),
+            " ".join(filter(None, (kept, *_variant(cell)))),
             f"{figure.floor_us:,.1f}",
             f"{microseconds(figure)} ({figure.floor_fraction:.2f})",
-            *(microseconds(figures.get(Cell(cell.shape, other))) for other in (BASE_READ, *NAMES)),
+            microseconds(figures.get(Cell(cell.shape, BASE_READ))),
+            *(microseconds(figures.get(cell.peer(peer))) for peer in NAMES),
             *(ratio(over(figures, cell, peer)) for peer in NAMES),
         )
     return result

@@ -9,7 +9,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vllm_ffa_fp8fp8.bench.cells import PEERS, SPREAD, Cell, Figure, Figures, Geometry, Shape
+from vllm_ffa_fp8fp8.bench.cells import (
+    NOTHING,
+    PEERS,
+    SPREAD,
+    Cell,
+    Figure,
+    Figures,
+    Geometry,
+    Shape,
+)
 
 OUR_FILES = ("inputs.py", "timing.py", "decoder.py", "base_read.py")
 PEER_FILES = ("inputs.py", "timing.py", "peers.py")
@@ -150,6 +159,7 @@ def parse_record(record: dict, geometry: Geometry) -> tuple[Cell, Figure]:
         entry(record, "kept", NUMBER),
         entry(record, "tuning", str),
         entry(record, "hot", str) if "hot" in record else SPREAD,
+        entry(record, "ahead", str) if "ahead" in record else NOTHING,
     )
     numbers = (entry(record, name, NUMBER) for name in ("us", "floor_us", "measured_kept", "error"))
     return cell, Figure(*numbers, entry(record, "code", str), cached=True)

@@ -12,8 +12,10 @@ from vllm_ffa_fp8fp8.bench.cells import (
     EXACT,
     FIXED,
     OURS,
+    PEERS,
     SPREAD,
     VALUE_BYTES,
+    WRITE,
     Cell,
     Figure,
     Figures,
@@ -90,6 +92,10 @@ def measure(
 ):
     """Yields cells of one shape with their figures. Only `ours` depends on what is planted: the
     other series run on the first inputs that are made."""
+
+    def figure(cell: Cell, us: float, kept: float = 1.0, error: float = 0.0) -> Figure:
+        return Figure(us, cell.floor_bytes(kept) / bandwidth, kept, error, codes[cell.series])
+
     shape = cells[0].shape
     planted = sorted({(c.kept, c.hot) for c in cells if c.series == OURS}) or [(1.0, SPREAD)]
     for kept, hot in planted:
@@ -100,31 +106,27 @@ def measure(
         ]
         sets = [make_inputs(shape, kept, seed, hot=hot) for seed in range(num_sets(shape))]
         for value_dtype in VALUE_BYTES:
-            ours = [c for c in due if c.series not in FIXED and c.value_dtype == value_dtype]
+            ours = [c for c in due if c.series not in PEERS and c.value_dtype == value_dtype]
             planes = [write_cache(inputs, value_dtype) for inputs in sets] if ours else []
             for cell in ours:
+                if cell.series == BASE_READ:
+                    yield cell, figure(cell, time_base_read(shape, sets, planes))
+                    continue
                 decoder = Decoder(
                     shape,
                     cell.series == OURS,
                     parse_tuning(cell.tuning),
                     value_dtype=planes[0].value.dtype,
+                    write=cell.ahead == WRITE,
                 )
                 error, measured_kept = decoder.check(sets[0], planes[0])
                 us = decoder.time(sets, planes)
-                floor = cell.floor_bytes(measured_kept) / bandwidth
-                yield cell, Figure(us, floor, measured_kept, error, codes[cell.series])
+                yield cell, figure(cell, us, measured_kept, error)
                 if tell_kernels:
                     tell_kernels(f"  {cell.series} {kept} {hot}: {decoder.profile(sets, planes)}")
             del planes
         for cell in due:
-            if cell.series not in FIXED:
-                continue
-            if cell.series == BASE_READ:
-                planes = [write_cache(inputs, "auto") for inputs in sets]
-                us, error = time_base_read(shape, sets, planes), 0.0
-                del planes
-            else:
-                us, error = time_peer(shape, sets, cell.series)
-            floor = cell.floor_bytes(1.0) / bandwidth
-            yield cell, Figure(us, floor, 1.0, error, codes[cell.series])
+            if cell.series in PEERS:
+                us, error = time_peer(shape, sets, cell.series, write=cell.ahead == WRITE)
+                yield cell, figure(cell, us, error=error)
         del sets
