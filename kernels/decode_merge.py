@@ -15,8 +15,9 @@ def merge_items(
 ):
     """Writes the merged output of a request and KV head.
 
-    The pointers are those of its first item, row and token. Items are taken in order, SLOTS at a
-    time, whichever of them came last: the result is the same from run to run.
+    The pointers are those of its first item, row and token; see `DecodeScratch` for what the
+    items left there. They are taken in order, SLOTS at a time, whichever of them came last: the
+    result is the same from run to run.
     """
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     rows = tl.arange(0, MERGE_ROWS)

@@ -156,7 +156,13 @@ def _max_chunk_blocks(limits: DecodeLimits) -> int:
 
 @dataclass
 class DecodeScratch:
-    """What the decode programs hand to one another; uninitialised memory will do."""
+    """What the decode programs hand to one another; uninitialised memory will do.
+
+    A program is one of a work item and KV head; its rows are the group's heads, query token after
+    query token. All float32: `partial_output` `[max_items, num_kv_heads * rows, head_size]`,
+    `partial_lse` `[max_items, num_kv_heads * rows]` and `scores` (flat: program, token of the
+    chunk, row) in log2 units, `threshold` `[num_reqs * query_len, num_heads]`, log2 units.
+    """
 
     partial_output: torch.Tensor
     partial_lse: torch.Tensor

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fp8_split import exponent_to_scale, round_to_e4m3
+from .fp8_split import exponent_to_scale, round_to_e4m3, scale_rows
 
 PART_SCALE: tl.constexpr = tl.constexpr(32.0)
 """Factor between one part of a query and the next: a part's rounding error, at most 2^3 beside
@@ -48,10 +48,7 @@ def split_query(
     factor = tl.full([ROWS_PADDED], 1.0, tl.float32) * scale_log2
     if PARTS > 1:
         parts = tl.arange(0, PARTS * ROWS_PADDED) // ROWS_PADDED
-        query = query.to(tl.float32)
-        largest = tl.max(tl.abs(query), axis=1)
-        exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 7, 1)
-        query *= exponent_to_scale(254 - exponent)[:, None]
+        query, exponent = scale_rows(query.to(tl.float32))
         factor *= tl.max(tl.reshape(exponent_to_scale(exponent), (PARTS, ROWS_PADDED)), axis=0)
         part = round_to_e4m3(query)
         split = part

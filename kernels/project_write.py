@@ -18,7 +18,7 @@ from .runtime import compute_dtype, pdl_arguments, wait_and_release
 
 
 @triton.jit
-def _load_places(
+def _load_positions(
     positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots, WRITE_CACHE: tl.constexpr
 ):
     """Positions and slots of the tokens `rows`; 0 and -1 where there is none."""
@@ -123,7 +123,7 @@ def _project_write_kernel(
     rotates = head < NUM_HEADS + NUM_KV_HEADS
     num_rotated = tl.where(rotates, num_tokens, 0)
     # what the last program of a head needs is asked for by all, before they know who it is
-    positions, slots = _load_places(
+    positions, slots = _load_positions(
         positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots, WRITE_CACHE
     )
 
@@ -169,7 +169,7 @@ def _project_write_kernel(
                 norm_ptr = key_norm_ptr
         for _ in tl.range(0, num_tokens, FINISH_ROWS):
             next_rows = rows + FINISH_ROWS
-            positions, next_slots = _load_places(
+            positions, next_slots = _load_positions(
                 positions_ptr, slot_mapping_ptr, next_rows, num_tokens, num_slots, WRITE_CACHE
             )
             mask = (rows < num_tokens)[:, None] & is_column[None, :]

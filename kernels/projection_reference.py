@@ -1,4 +1,4 @@
-"""PyTorch oracles of the projection and rotation kernels, which are also the CPU path."""
+"""PyTorch oracles of the projection and rotation kernels; the CPU path runs on that of rotation."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
-"""PyTorch oracles of every kernel, which are also the CPU path. They share no code with them."""
+"""PyTorch oracles of decode, prefill, split, cache write and gather. They share no code with the
+kernels; the CPU path runs on those of decode, write and gather."""
 
 import math
 

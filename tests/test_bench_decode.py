@@ -12,7 +12,7 @@ from rich.console import Console
 from vllm_ffa_fp8fp8 import bench_decode, cli, environment
 from vllm_ffa_fp8fp8.bench import report
 from vllm_ffa_fp8fp8.bench import store as store_module
-from vllm_ffa_fp8fp8.bench.bars import BARS, LARGE, bar_cells, judge
+from vllm_ffa_fp8fp8.bench.bars import BARS, LARGE, MAIN_SHAPE, bar_cells, judge
 from vllm_ffa_fp8fp8.bench.cells import (
     EXACT,
     FA3_BF16,
@@ -102,7 +102,8 @@ def test_default_sweep_and_bars_cover_every_bar():
     sweep = bench_decode.wanted_cells(options, ["auto", "fp8"], peers=True)
     for verdict in judge(fake_figures(bar_cells(["auto", "fp8"]))):
         assert verdict.figure is not None, verdict.bar.what
-    own = [v for v in judge(fake_figures(sweep)) if v.bar.at_least is not None]
+    own = [v for v in judge(fake_figures(sweep)) if v.bar.against != MAIN_SHAPE]
+    own = [v for v in own if v.bar.at_least is not None]
     assert all(verdict.figure is not None for verdict in own)
 
 
@@ -137,7 +138,7 @@ def test_bars_compare_with_the_right_peer():
 def test_bars_ignore_tuning_variants_and_say_what_is_missing():
     cell = Cell(Shape(MAIN, 8, 32_768), OURS, kept=0.1)
     assert {verdict.word for verdict in judge({cell: fake_figure(cell)})} > {"not measured"}
-    for variant in ({"tuning": "waves=8"}, {"hot": "newest"}):
+    for variant in ({"tuning": "waves=8"}, {"hot": "newest"}, {"ahead": "write"}):
         other = dataclasses.replace(cell, **variant)
         assert {verdict.word for verdict in judge({other: fake_figure(other)})} == {"not measured"}
 
@@ -158,14 +159,36 @@ def test_hot_blocks_at_two_places_are_two_cells(tmp_path):
     assert captured.get().count("0.10 newest") == 1
 
 
+def test_what_runs_ahead_is_timed_with_the_peers_too(tmp_path):
+    options = parse(["--shapes", "1x8192", "--kept", "0.1", "--ahead", "nothing", "write"])
+    cells = bench_decode.wanted_cells(options, ["auto"], peers=True)
+    assert [c.ahead for c in cells if c.series == FA3_BF16] == ["nothing", "write"]
+    figures = fake_figures(cells)
+    alone, behind = (c for c in cells if c.series == OURS)
+    peer = Cell(behind.shape, FA3_BF16, ahead="write")
+    figures[peer] = dataclasses.replace(figures[peer], us=3 * figures[behind].us)
+    assert over(figures, behind, FA3_BF16) == pytest.approx(3.0)
+    assert over(figures, alone, FA3_BF16) != pytest.approx(3.0)
+    store = Store(tmp_path, ENVIRONMENT)
+    for cell, figure in figures.items():
+        store.put(cell, figure)
+    store.save(MAIN)
+    assert set(read_figures([store.path(MAIN)])[1]) == set(cells)
+    screen = report.console()
+    with screen.capture() as captured:
+        report.show_table(screen, report.figure_tables(figures)[0])
+    rows = [line for line in captured.get().splitlines() if "0.10 with write" in line]
+    assert len(rows) == 1 and rows[0].split("|")[-3].strip() == "3.00"
+
+
 def test_files_from_before_hot_blocks_had_places_are_read(tmp_path):
     cell = Cell(Shape(MAIN, 8, 32_768), OURS, kept=0.1)
     store = Store(tmp_path, ENVIRONMENT)
     store.put(cell, fake_figure(cell))
     store.save(MAIN)
     path = store.path(MAIN)
-    path.write_text(path.read_text().replace(', "hot": "spread"', ""))
-    assert '"hot"' not in path.read_text()
+    path.write_text(path.read_text().replace(', "hot": "spread", "ahead": "nothing"', ""))
+    assert '"hot"' not in path.read_text() and '"ahead"' not in path.read_text()
     assert set(read_figures([path])[1]) == {cell}
 
 
@@ -174,8 +197,10 @@ def test_other_geometries_are_compared_with_the_main_one():
     narrow = Cell(Shape(Geometry(head_size=64), 8, 32_768), OURS, kept=0.1)
     figures[narrow] = fake_figure(narrow, FASTEST / 2)
     verdicts = [v for v in judge(figures) if v.cell == narrow and v.bar.against not in PEERS]
-    assert [v.figure for v in verdicts] == [pytest.approx(0.5)]
-    assert verdicts[0].word == "shown"
+    assert [v.figure for v in verdicts] == [pytest.approx(-FASTEST / 2)]
+    assert verdicts[0].word == "miss"
+    figures[narrow] = fake_figure(narrow, FASTEST - 0.14)
+    assert {v.word for v in judge(figures) if v.bar.against == MAIN_SHAPE} == {"PASS"}
 
 
 def test_store_reuses_figures_of_the_same_code_only(tmp_path):
@@ -318,6 +343,21 @@ def test_report_says_why_it_cannot_read_a_file(tmp_path, capsys, content, words)
     assert f"some.json holds no figures of bench-decode: {words}" in capsys.readouterr().out
 
 
+def test_files_of_two_gpus_are_not_mixed(result_file, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    other.write_text(result_file.read_text().replace("H100", "H200"))
+    assert bench("--report", result_file, other) == 2
+    assert "other.json is of another GPU" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_a_file_is_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_decode, "missing_gpu", lambda: None)
+    path = tmp_path / "file"
+    path.touch()
+    assert bench("--folder", path) == 2
+    assert "cannot be a folder for figures: File exists" in capsys.readouterr().out
+
+
 def shown_tables(figures, width: int, terminal: bool) -> str:
     screen = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
     for table in (*report.figure_tables(figures), report.bar_table(figures)):
@@ -403,6 +443,10 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, gpu, words):
         (["--heads", "32"], "QUERY:KV"),
         (["--heads", "32:5"], "cannot share 5 KV heads"),
         (["--kept", "1.5"], "between 0 and 1"),
+        (["--heads", "0:8"], "1 to 16 query heads share a KV head, not 0"),
+        (["--heads", "40:1"], "1 to 16 query heads share a KV head, not 40"),
+        (["--head-sizes", "100"], "multiples of 16 up to 256, not 100"),
+        (["--page-size", "0"], "16, 32, 64, 128 tokens, not 0"),
     ],
 )
 def test_wrong_arguments(arguments, words):

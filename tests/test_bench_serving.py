@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from vllm_ffa_fp8fp8 import cli, demo, environment
+from vllm_ffa_fp8fp8.bench import serving
 from vllm_ffa_fp8fp8.bench.model_shapes import MODELS, write_model
 from vllm_ffa_fp8fp8.bench.serving import (
     BF16,
@@ -109,6 +110,20 @@ def test_results_are_reused_for_the_same_settings(results):
     assert Results(results.path, ENVIRONMENT | {"torch": "2.12"}).missing(OURS, SETTINGS)
 
 
+def test_results_of_other_timing_code_are_not_reused(results, monkeypatch):
+    monkeypatch.setattr(serving, "TIMING_FILES", ("steering.py",))
+    again = Results(results.path, ENVIRONMENT)
+    assert again.missing(OURS, SETTINGS) and again.missing(BF16, SETTINGS)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"environment": {}}', '{"records":'])
+def test_damaged_results_are_told(tmp_path, content):
+    path = tmp_path / "serving.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="serving.json holds no figures of bench-serving"):
+        Results(path, ENVIRONMENT)
+
+
 def test_results_replace_rows_timed_again(results):
     again = Results(results.path, ENVIRONMENT, fresh=True)
     again.put(BF16, SETTINGS, answer(11.0))
@@ -169,6 +184,9 @@ def test_a_large_model_needs_a_gpu(monkeypatch, capsys):
         (["--rows", "1x500", "--layers", "0"], "--layers is 1 or more, not 0"),
         (["--rows", "1x500", "--memory", "3"], "--memory is a part above 0 and up to 1, not 3.0"),
         (["--rows", "1x500", "--ffa", "x=1"], "must be a mapping"),
+        (["--rows", "1x500", "--ffa", "x=null"], "must be a mapping"),
+        (["--rows", "1x500", "--ffa", "={}"], "it has no name"),
+        (["--rows", "1x500", "--folder", "/dev/null"], "cannot be a folder for figures"),
     ],
 )
 def test_wrong_arguments_are_told(monkeypatch, capsys, arguments, words):

@@ -92,12 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ffa-fp8fp8 bench-decode", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 def run(options: argparse.Namespace) -> int:
     try:
         if options.report:
@@ -129,7 +123,7 @@ def measure(options: argparse.Namespace) -> int:
     from vllm_ffa_fp8fp8.bench import sweep
     from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, compiled_kernels
     from vllm_ffa_fp8fp8.bench.peers import missing_peers
-    from vllm_ffa_fp8fp8.bench.store import Store
+    from vllm_ffa_fp8fp8.bench.store import Store, make_folder
 
     value_dtypes = options.value_dtypes or list(VALUE_BYTES)
     for changes in options.vary:
@@ -140,6 +134,7 @@ def measure(options: argparse.Namespace) -> int:
         peers = False
     cells = wanted_cells(options, value_dtypes, peers)
     cells = [c for c in cells if c.series not in PEERS or not missing_peers(head_size(c))]
+    make_folder(options.folder)
     versions = sweep.environment()
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
     start = time.monotonic()
@@ -216,7 +211,3 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
         for path in plot_figures(own, stem, versions["gpu"]):
             print(path)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

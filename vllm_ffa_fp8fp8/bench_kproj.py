@@ -1,7 +1,8 @@
 """`ffa-fp8fp8 bench-kproj`: from hidden states to the cache in one kernel, beside vLLM's linear
 layer and rotary kernel and our cache write.
 
-Every output is checked against float64 before it is timed.
+Every way is checked against float64 before it is timed: all tokens of a decode step, tokens from
+all over a prompt.
 """
 
 import argparse
@@ -60,12 +61,6 @@ def describe(row: dict) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ffa-fp8fp8 bench-kproj", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 def run(options: argparse.Namespace) -> int:
     if problem := missing_gpu():
         print(f"bench-kproj times kernels on an NVIDIA GPU with FP8: {problem}.")
@@ -74,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         print(environment.NO_VLLM)
         return 1
     try:
-        check_variants(options)
+        check_options(options)
     except ValueError as error:
         print(error)
         return 2
@@ -88,11 +83,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_variants(options: argparse.Namespace) -> None:
-    """Raises ValueError for launch parameters that there are not, before any work."""
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be measured or kept, before any work."""
+    from vllm_ffa_fp8fp8.bench.store import make_folder
     from vllm_ffa_fp8fp8.bench.sweep import parse_tuning
-    from vllm_ffa_fp8fp8.kernels.projection_tuning import ProjectionTuning, RopeWriteTuning
+    from vllm_ffa_fp8fp8.kernels.projection_tuning import (
+        MAX_PROJECTED_TOKENS,
+        ProjectionTuning,
+        RopeWriteTuning,
+    )
 
+    if bad := [n for n in options.batches if not 1 <= n <= MAX_PROJECTED_TOKENS]:
+        raise ValueError(f"--batches are 1 to {MAX_PROJECTED_TOKENS} tokens, not {bad[0]}")
+    if bad := [n for n in options.prefill if n < 1]:
+        raise ValueError(f"--prefill is 1 token or more, not {bad[0]}")
+    if options.json:
+        make_folder(options.json.parent)
     for texts, parameters in (
         (options.vary, ProjectionTuning),
         (options.vary_prefill, RopeWriteTuning),
@@ -105,10 +111,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from vllm_ffa_fp8fp8.bench import projection, sweep
+    from vllm_ffa_fp8fp8.bench.store import fingerprint
     from vllm_ffa_fp8fp8.bench.timing import copy_bandwidth, read_bandwidth
 
     bandwidth, copies = read_bandwidth(), copy_bandwidth()
-    figures = {"environment": sweep.environment(), "decode": [], "prefill": []}
+    code = fingerprint("vllm_ffa_fp8fp8.kernels")
+    figures = {"environment": sweep.environment(), "code": code, "decode": [], "prefill": []}
     print(figures["environment"], f"read {bandwidth / 1e6:.2f} TB/s, copy {copies / 1e6:.2f} TB/s")
     for model in options.models:
         weights = projection.make_weights(model)
@@ -125,7 +133,3 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         del weights
         torch.cuda.empty_cache()
     return figures
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -23,7 +23,7 @@ from vllm_ffa_fp8fp8.bench.serving import (
     notes,
     parse_variant,
 )
-from vllm_ffa_fp8fp8.bench.store import file_name
+from vllm_ffa_fp8fp8.bench.store import file_name, make_folder
 
 ROWS = ("1x32000", "1x120000", "8x32000")
 
@@ -65,12 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--folder", type=Path, default=Path("plot"), help="for the JSON file (default: plot)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ffa-fp8fp8 bench-serving", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 def run(options: argparse.Namespace) -> int:
     gpu = environment.find_gpu()
     if environment.vllm_version() is None:
@@ -83,14 +77,14 @@ def run(options: argparse.Namespace) -> int:
         return 1
     try:
         settings, variants = read_options(options, on_gpu)
+        device = gpu.name if on_gpu else "CPU"
+        model = options.model + (f"-l{options.layers}" if options.layers else "")
+        path = options.folder / file_name("serving", device, model)
+        make_folder(path.parent)
+        results = Results(path, versions(device), options.fresh)
     except ValueError as error:
         print(error)
         return 2
-    device = gpu.name if on_gpu else "CPU"
-    model = options.model + (f"-l{options.layers}" if options.layers else "")
-    results = Results(
-        options.folder / file_name("serving", device, model), versions(device), options.fresh
-    )
     return time_variants(variants, settings, results)
 
 
@@ -167,7 +161,3 @@ def time_variants(variants: list[Variant], settings: Settings, results: Results)
         screen.print(note)
     screen.print(str(results.path))
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

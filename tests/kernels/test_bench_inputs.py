@@ -56,7 +56,7 @@ def test_work_items_share_the_newest_blocks():
     inputs = make_inputs(shape, 0.3, seed=1, device="cpu", hot=NEWEST)
     decoder = Decoder(shape, True, {"min_blocks": 4, "programs_per_processor": 4}, "cpu")
     decoder.scratch.partial_lse.fill_(float("nan"))
-    error, kept = decoder.check(inputs, write_reference(inputs))
+    error, kept = decoder.check(inputs, write_reference(inputs), 5)
     assert error < 1e-3 and kept == 5 / 16
     num_items = int(decoder.plan.work[0, 2])
     assert num_items == 4
@@ -82,9 +82,24 @@ def write_reference(inputs):
 @pytest.mark.parametrize(("prune", "value_dtype"), [(True, "auto"), (False, "fp8")])
 def test_check_measures_the_kept_fraction(inputs, prune, value_dtype):
     planes = write_cache(inputs, value_dtype)
-    error, kept = Decoder(SHAPE, prune, FEW_ITEMS, "cpu").check(inputs, planes)
+    decoder = Decoder(SHAPE, prune, FEW_ITEMS, "cpu")
+    error, kept = decoder.check(inputs, planes, 4 if prune else None)
     assert error < 1e-3
     assert kept == (0.5 if prune else 1.0)
+    with pytest.raises(CheckFailed, match="blocks kept"):
+        decoder.check(inputs, planes, 5)
+
+
+def test_newest_tokens_are_written_ahead(inputs):
+    planes = write_cache(inputs, "auto")
+    slots = inputs.newest.slot_mapping
+    pages, rows = slots // 64, slots % 64
+    assert pages.tolist() == inputs.block_table[:, 7].tolist() and rows.tolist() == [51, 51]
+    for plane in (planes.key, planes.value):
+        plane.view(torch.uint8)[pages, :, rows] = 0xFF  # NaN
+    with pytest.raises(CheckFailed):
+        Decoder(SHAPE, True, FEW_ITEMS, "cpu").check(inputs, planes, 4)
+    Decoder(SHAPE, True, FEW_ITEMS, "cpu", write=True).check(inputs, planes, 4)
 
 
 @pytest.mark.parametrize("head_size", [64, 96])
@@ -121,7 +136,7 @@ def test_every_tuning_field_can_be_varied():
         assert sweep.parse_tuning(f"{field.name}={value}") == {field.name: value}
     assert sweep.parse_tuning("") == {}
     assert sweep.parse_tuning("waves=8,num_warps=8") == {"waves": 8, "num_warps": 8}
-    for wrong in ("wavs=8", "waves", "waves=many"):
+    for wrong in ("wavs=8", "waves", "waves=many", "waves=0", "waves=1.5", "waves='x'"):
         with pytest.raises(ValueError, match=wrong):
             sweep.parse_tuning(wrong)
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+from vllm_ffa_fp8fp8.config import BLOCK_SIZES
+
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
 PEERS = {FA3_BF16: 4, FA3_FP8: 2}
 """Other kernels, and the bytes that they read for an element of K and its V."""
@@ -34,6 +36,15 @@ class Geometry:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
+            )
+        if not 1 <= self.group <= 16:
+            raise ValueError(f"1 to 16 query heads share a KV head, not {self.group}")
+        if self.head_size % 16 or not 16 <= self.head_size <= 256:
+            raise ValueError(f"head sizes are multiples of 16 up to 256, not {self.head_size}")
+        if self.page_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ValueError(
+                f"pages, which are blocks here, have {sizes} tokens, not {self.page_size}"
             )
 
     @property

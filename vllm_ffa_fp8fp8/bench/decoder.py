@@ -66,10 +66,13 @@ class Decoder:
             launch_pdl=True,
         )  # fmt: skip
 
-    def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:
+    def check(
+        self, inputs: Inputs, planes: KVPlanes, kept_blocks: int | None = None
+    ) -> tuple[float, float]:
         """Relative error against the reference on the first requests, and the kept fraction.
 
-        Raises CheckFailed where the output is wrong or other blocks are kept than planted.
+        Raises CheckFailed where their output is wrong, any is not finite, or not `kept_blocks`
+        (None: all) of every request and KV head are kept.
         """
         dtype = inputs.query.dtype
         if self.device.type == "cpu":
@@ -84,7 +87,10 @@ class Decoder:
         )  # fmt: skip
         error = relative_error(output[some], expected)
         kept, total = counters.tolist()
-        if not (output.isfinite().all() and error < TOLERANCE and 0 < kept <= total):
+        pages = self.shape.pages
+        heads = self.shape.batch * self.shape.geometry.num_kv_heads
+        counted = (heads * (pages if kept_blocks is None else kept_blocks), heads * pages)
+        if not (output.isfinite().all() and error < TOLERANCE and (kept, total) == counted):
             raise CheckFailed(f"{self.shape}: error {error:.1e}, {kept} of {total} blocks kept")
         return error, kept / total
 

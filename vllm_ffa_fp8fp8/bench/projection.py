@@ -26,6 +26,7 @@ from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
 
 PAGE_SIZE = 64
 HEAD_SIZE = 128
+CHECKED_TOKENS = 128
 ERROR = 1e-2  # of the largest element; bf16 rounds to 2^-8
 
 
@@ -90,10 +91,15 @@ class Bench:
         key, value = (t.unflatten(1, (-1, HEAD_SIZE)) for t in (key, value))
         write_kv(key, value, case.planes, case.slots)
 
-    def linear_and_one_kernel(self, case: Case) -> torch.Tensor:
-        qkv = torch.nn.functional.linear(case.hidden, case.weight)
-        rope_and_write(qkv, case.positions, self.heads, case.planes, case.slots, qkv)
-        return qkv
+    def linear_and_one_kernel(
+        self, tuning: RopeWriteTuning | None = None
+    ) -> Callable[[Case], torch.Tensor]:
+        def launch(case: Case) -> torch.Tensor:
+            qkv = torch.nn.functional.linear(case.hidden, case.weight)
+            rope_and_write(qkv, case.positions, self.heads, case.planes, case.slots, qkv, tuning)
+            return qkv
+
+        return launch
 
     def one_kernel(self, tuning: ProjectionTuning) -> Callable[[Case], torch.Tensor]:
         scratch = ProjectionScratch.allocate(self.num_tokens, self.heads, tuning)
@@ -112,7 +118,7 @@ class Bench:
         element; asserts that it is small."""
         for plane in (case.planes.key, case.planes.value):
             plane.view(torch.uint8).zero_()
-        some = slice(0, 64)
+        some = slice(None, None, max(1, self.num_tokens // CHECKED_TOKENS))
         output = launch(case)[some]
         exact = case.hidden[some].double() @ case.weight.double().T
         count, groups = self.heads.num_heads, self.heads.num_kv_heads
@@ -152,7 +158,7 @@ def varied(base, texts: list[str]) -> dict[str, object]:
 
 def bench_decode_step(model, num_tokens, weights, bandwidth, vary) -> dict:
     bench = Bench(model, num_tokens, weights)
-    launches = {"unfused": bench.unfused, "linear + kernel": bench.linear_and_one_kernel}
+    launches = {"unfused": bench.unfused, "linear + kernel": bench.linear_and_one_kernel()}
     base = projection_tuning_on(torch.device("cuda"), bench.heads.num_all_heads, bench.hidden_size)
     tunings = varied(base, vary)
     for name, tuning in tunings.items():
@@ -172,12 +178,13 @@ def bench_decode_step(model, num_tokens, weights, bandwidth, vary) -> dict:
 def bench_prefill(model, num_tokens, weights, copy_bandwidth, vary) -> dict:
     """Rotation, split and write of projections that are there."""
     bench = Bench(model, num_tokens, weights[:2])
-    bench.check(bench.linear_and_one_kernel, bench.cases[0])
-    bench.check(bench.unfused, bench.cases[0])
+    tunings = varied(rope_write_tuning(num_tokens), vary)
+    for check in (bench.unfused, *map(bench.linear_and_one_kernel, tunings.values())):
+        bench.check(check, bench.cases[0])
     for case in bench.cases:
         torch.nn.functional.linear(case.hidden, case.weight, out=case.output)
     launches = {"unfused": lambda case: bench.unfused_rest(case, case.output)}
-    for name, tuning in varied(rope_write_tuning(num_tokens), vary).items():
+    for name, tuning in tunings.items():
 
         def launch(case: Case, tuning: RopeWriteTuning = tuning) -> None:
             rope_and_write(

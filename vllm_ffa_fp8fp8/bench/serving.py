@@ -8,11 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from vllm_ffa_fp8fp8.bench.report import CACHED, ratio, table
-from vllm_ffa_fp8fp8.bench.store import fingerprint
+from vllm_ffa_fp8fp8.bench.store import entry, fingerprint, read_object
 from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
 
 EXTENSION = "vllm_ffa_fp8fp8.bench.serving_worker.BenchWorkerExtension"
 UNCOUNTED = ", not counting"
+TIMING_FILES = ("serving.py", "serving_engine.py", "serving_worker.py", "steering.py")
 PREFILL_CHUNK = 16_384
 """Tokens of a step: a few large steps, since prefill is not timed."""
 
@@ -54,6 +55,10 @@ def parse_variant(text: str) -> Variant:
         options = json.loads(options)
     except json.JSONDecodeError as error:
         raise ValueError(f"{text!r} is not NAME=JSON: {error}") from None
+    if not name:
+        raise ValueError(f"{text!r} is not NAME=JSON: it has no name")
+    if options is None:
+        raise ValueError(f"{text!r} is not NAME=JSON: the options must be a mapping")
     FFAConfig.load(overrides=options)
     options = {"record_skip_ratio": True} | options
     return Variant(name, {"attention_backend": "FFA_FP8FP8"}, options)
@@ -120,16 +125,21 @@ def engine_job(
 
 class Results:
     """Figures in a JSON file, a record for each variant and row. A file of other versions is
-    replaced."""
+    replaced. Raises ValueError for a file that is none of those."""
 
     def __init__(self, path: Path, environment: dict[str, Any], fresh: bool = False):
         self.path, self.environment = path, environment
         self._records: list[dict[str, Any]] = []
         self._new: list[dict[str, Any]] = []
         if path.is_file():
-            content = json.loads(path.read_text())
-            if content["environment"] == environment:
-                self._records = content["records"]
+            try:
+                content = read_object(path)
+                known = entry(content, "environment", dict)
+                records = entry(content, "records", list)
+            except ValueError as error:
+                raise ValueError(f"{path} holds no figures of bench-serving: {error}") from error
+            if known == environment:
+                self._records = records
         self.fresh = fresh
 
     def missing(self, variant: Variant, settings: Settings) -> list[tuple[int, int]]:
@@ -178,7 +188,9 @@ class Results:
     @staticmethod
     def _key(variant: Variant, row, settings: Settings) -> dict[str, Any]:
         ours = variant.options is not None
-        code = fingerprint("vllm_ffa_fp8fp8", "vllm_ffa_fp8fp8.kernels") if ours else ""
+        code = fingerprint("vllm_ffa_fp8fp8.bench", only=TIMING_FILES)
+        if ours:
+            code += "-" + fingerprint("vllm_ffa_fp8fp8", "vllm_ffa_fp8fp8.kernels")
         return {
             "variant": variant.name,
             "batch": row[0],

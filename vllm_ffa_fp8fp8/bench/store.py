@@ -47,6 +47,14 @@ def code_fingerprint(series: str) -> str:
     return f"{kernels}-{fingerprint('vllm_ffa_fp8fp8.bench', only=OUR_FILES)[:4]}"
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder before anything is measured for it. Raises ValueError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be a folder for figures: {error.strerror}") from error
+
+
 def file_name(kind: str, gpu: str, settings: object) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return f"{kind}-{slug}-{settings}.json"
@@ -113,8 +121,8 @@ def as_record(cell: Cell, figure: Figure) -> dict:
 def read_figures(
     paths: Iterable[Path], tell: Callable[[str], None] = print
 ) -> tuple[dict[str, str], Figures]:
-    """Environment (of the last file) and figures of result files. Files of other benchmarks are
-    told and skipped. Raises ValueError with a file's name and what is wrong with it."""
+    """Environment and figures of result files of one GPU and versions. Files of other benchmarks
+    are told and skipped. Raises ValueError with a file's name and what is wrong with it."""
     environment, figures = {}, {}
     for path in paths:
         try:
@@ -122,10 +130,16 @@ def read_figures(
             if kind := next((kind for key, kind in OTHER_KINDS.items() if key in content), None):
                 tell(f"{path} is skipped: it holds figures of {kind}.")
                 continue
-            environment, found = parse_figures(content)
+            its_own, found = parse_figures(content)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{path} holds no figures of bench-decode: {reason}") from error
+        if environment and its_own != environment:
+            raise ValueError(
+                f"{path} is of another GPU or of other versions than the files before it, "
+                f"{its_own}, not {environment}: report them apart"
+            )
+        environment = its_own
         figures |= found
     return environment, figures
 

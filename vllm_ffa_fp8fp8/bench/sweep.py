@@ -28,7 +28,7 @@ from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
 from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
 
 
-def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, object]:
+def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, int]:
     """Changes to a dataclass of launch parameters from `name=value,...`; ValueError names what is
     wrong."""
     known = [field.name for field in fields(parameters)]
@@ -38,9 +38,12 @@ def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, object
         if name not in known:
             raise ValueError(f"no launch parameter {name!r} in {item!r}: {', '.join(known)}")
         try:
-            changes[name] = ast.literal_eval(value)
+            value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f"{item!r} is not name=value with a number or True/False") from None
+            value = None
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{item!r} is not name=value with a whole number of 1 or more")
+        changes[name] = value
     return changes
 
 
@@ -119,7 +122,8 @@ def measure(
                     value_dtype=planes[0].value.dtype,
                     write=cell.ahead == WRITE,
                 )
-                error, measured_kept = decoder.check(sets[0], planes[0])
+                planted_blocks = shape.kept_blocks(kept) if cell.series == OURS else None
+                error, measured_kept = decoder.check(sets[0], planes[0], planted_blocks)
                 us = decoder.time(sets, planes)
                 yield cell, figure(cell, us, measured_kept, error)
                 if tell_kernels:
