@@ -184,6 +184,7 @@ def _decode_plan_kernel(
     SLOTS: tl.constexpr,
     WAVES: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr,
     ITEM_OVERHEAD: tl.constexpr,
     REQS_PADDED: tl.constexpr,
     ITEMS: tl.constexpr,
@@ -197,9 +198,10 @@ def _decode_plan_kernel(
     longest = tl.max(blocks, axis=0)
     size = longest
     least = tl.full([], 1 << 30, tl.int32)
-    for candidate in tl.static_range(2 * WAVES):
-        places = SLOTS * (candidate // 2 + 1)
-        if candidate % 2 == 1:  # rounding up adds about an item to every request that is cut
+    waves = tl.minimum(tl.maximum(tl.cdiv(total, SLOTS * ITEM_BLOCKS), 1), WAVES)
+    for candidate in tl.static_range(2):
+        places = SLOTS * waves
+        if candidate == 1:  # rounding up adds about an item to every request that is cut
             cut = tl.sum((blocks * places > total).to(tl.int32), axis=0)
             places = tl.maximum(places - cut, (places + 1) // 2)
         wanted = tl.maximum((total + places - 1) // places, MIN_BLOCKS)
@@ -286,6 +288,7 @@ class DecodePlan:
         assert self.num_items == limits.max_items, "this is a plan that was cut to a batch"
         tuning = limits.tuning_of(num_reqs)
         num_items = limits.num_items(num_reqs)
+        item_tokens = tuning.item_tokens if limits.prunes else tuning.dense_item_tokens
         items = 32
         _decode_plan_kernel[(triton.cdiv(num_items, items),)](
             self.work,
@@ -296,6 +299,7 @@ class DecodePlan:
             SLOTS=limits.slots(num_reqs),
             WAVES=tuning.waves,
             MIN_BLOCKS=tuning.min_blocks,
+            ITEM_BLOCKS=max(1, item_tokens // limits.block_size),
             ITEM_OVERHEAD=tuning.item_overhead,
             REQS_PADDED=triton.next_power_of_2(num_reqs),
             ITEMS=items,

@@ -12,7 +12,10 @@ class DecodeTuning:
         programs_per_processor: programs that run at a time on a multiprocessor where blocks are
             pruned; sizes the work items.
         dense_programs_per_processor: the same where nothing is.
-        waves: how many times in a row, at most, the GPU is filled with work items, for balance.
+        waves: how many times in a row, at most, the GPU is filled with work items.
+        item_tokens: tokens of a work item, at most, as far as `waves` allow, where blocks are
+            pruned: heads keep more or less, and a program that is done early takes the next item.
+        dense_item_tokens: the same where nothing is.
         min_blocks: work items have at least so many blocks.
         item_overhead: blocks that could be read in the time that an item costs beside its blocks.
         chunk_blocks: blocks that a program scans before it attends to those it keeps; a power of
@@ -29,7 +32,9 @@ class DecodeTuning:
 
     programs_per_processor: int = 2
     dense_programs_per_processor: int = 2
-    waves: int = 1
+    waves: int = 4
+    item_tokens: int = 8192
+    dense_item_tokens: int = 2048
     min_blocks: int = 4
     item_overhead: int = 6
     chunk_blocks: int = 128
@@ -40,13 +45,13 @@ class DecodeTuning:
     merge_rows: int = 16
     num_warps: int = 4
     max_registers: int = 255
-    score_bytes: int = 256 << 20
+    score_bytes: int = 320 << 20
 
 
 DEFAULT = DecodeTuning()
 """For batches that fill the GPU, and for GPUs that nobody has measured."""
 
-FEW = DecodeTuning(dense_programs_per_processor=1, min_blocks=2, scan_tokens=128)
+FEW = DecodeTuning(dense_programs_per_processor=1, waves=1, min_blocks=2, scan_tokens=128)
 """For batches that do not: latency counts there, and smaller steps of the scan start sooner."""
 
 FEW_FP8_VALUES = replace(FEW, dense_programs_per_processor=2)

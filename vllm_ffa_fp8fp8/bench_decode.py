@@ -30,9 +30,10 @@ SHAPES = (
     "32x32768", "64x1024",
 )  # fmt: skip
 TUNING_FIELDS = (
-    "programs_per_processor", "dense_programs_per_processor", "waves", "min_blocks",
-    "item_overhead", "chunk_blocks", "scan_tokens", "scan_stages", "attend_stages",
-    "dense_stages", "merge_rows", "num_warps", "max_registers", "score_bytes",
+    "programs_per_processor", "dense_programs_per_processor", "waves", "item_tokens",
+    "dense_item_tokens", "min_blocks", "item_overhead", "chunk_blocks", "scan_tokens",
+    "scan_stages", "attend_stages", "dense_stages", "merge_rows", "num_warps", "max_registers",
+    "score_bytes",
 )  # fmt: skip
 """Of `DecodeTuning`, which help cannot ask: it needs Triton."""
 FOLDER = Path("plot")
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--hot", nargs="+", choices=HOT, default=[SPREAD],
-        help="where the kept blocks are: anywhere, or all at the end (default: spread)",
+        help="where the kept blocks are: anywhere, all at the end, or in half of the KV heads only "
+        "(default: spread)",
     )  # fmt: skip
     add(
         "--ahead", nargs="+", choices=AHEAD, default=[NOTHING],

@@ -8,7 +8,17 @@ import torch
 from vllm_ffa_fp8fp8 import bench_decode, bench_kproj
 from vllm_ffa_fp8fp8.bench import base_read, peers, sweep
 from vllm_ffa_fp8fp8.bench import decoder as decoder_module
-from vllm_ffa_fp8fp8.bench.cells import EXACT, FA3_BF16, NEWEST, OURS, Cell, Figure, Geometry, Shape
+from vllm_ffa_fp8fp8.bench.cells import (
+    EXACT,
+    FA3_BF16,
+    NEWEST,
+    OURS,
+    UNEVEN,
+    Cell,
+    Figure,
+    Geometry,
+    Shape,
+)
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.store import Store
@@ -50,13 +60,24 @@ def test_newest_blocks_are_kept():
             assert head.nonzero().flatten().tolist() == [0, 12, 13, 14, 15]
 
 
+def test_half_of_the_heads_keep_twice_as_many():
+    shape = Shape(Geometry(8, 4, 64, 64), 2, 1000)
+    inputs = make_inputs(shape, 0.25, seed=1, device="cpu", hot=UNEVEN)
+    _, blocks = decode_attention_reference(
+        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens,
+        block_size=64, scale=64**-0.5, delta=torch.tensor([decoder_module.DELTA]),
+    )  # fmt: skip
+    counts = [sorted(flags.sum(1).tolist()) for flags in blocks]
+    assert counts == [[2, 2, 8, 8]] * 2 and inputs.num_kept == 40
+
+
 def test_work_items_share_the_newest_blocks():
     """Contexts cut into runs would leave them all to the last item, and the others without any."""
     shape = Shape(Geometry(8, 2, 64, 64), 1, 1000)
     inputs = make_inputs(shape, 0.3, seed=1, device="cpu", hot=NEWEST)
     decoder = Decoder(shape, True, {"min_blocks": 4, "programs_per_processor": 4}, "cpu")
     decoder.scratch.partial_lse.fill_(float("nan"))
-    error, kept = decoder.check(inputs, write_reference(inputs), 5)
+    error, kept = decoder.check(inputs, write_reference(inputs))
     assert error < 1e-3 and kept == 5 / 16
     num_items = int(decoder.plan.work[0, 2])
     assert num_items == 4
@@ -83,11 +104,12 @@ def write_reference(inputs):
 def test_check_measures_the_kept_fraction(inputs, prune, value_dtype):
     planes = write_cache(inputs, value_dtype)
     decoder = Decoder(SHAPE, prune, FEW_ITEMS, "cpu")
-    error, kept = decoder.check(inputs, planes, 4 if prune else None)
+    error, kept = decoder.check(inputs, planes)
     assert error < 1e-3
     assert kept == (0.5 if prune else 1.0)
-    with pytest.raises(CheckFailed, match="blocks kept"):
-        decoder.check(inputs, planes, 5)
+    if prune:
+        with pytest.raises(CheckFailed, match="16 of 32 blocks kept"):
+            decoder.check(dataclasses.replace(inputs, num_kept=15), planes)
 
 
 def test_newest_tokens_are_written_ahead(inputs):
@@ -98,8 +120,8 @@ def test_newest_tokens_are_written_ahead(inputs):
     for plane in (planes.key, planes.value):
         plane.view(torch.uint8)[pages, :, rows] = 0xFF  # NaN
     with pytest.raises(CheckFailed):
-        Decoder(SHAPE, True, FEW_ITEMS, "cpu").check(inputs, planes, 4)
-    Decoder(SHAPE, True, FEW_ITEMS, "cpu", write=True).check(inputs, planes, 4)
+        Decoder(SHAPE, True, FEW_ITEMS, "cpu").check(inputs, planes)
+    Decoder(SHAPE, True, FEW_ITEMS, "cpu", write=True).check(inputs, planes)
 
 
 @pytest.mark.parametrize("head_size", [64, 96])
@@ -126,7 +148,7 @@ def test_dense_reference_of_the_peers(inputs):
         inputs.query[:1], planes, inputs.block_table[:1], inputs.seq_lens[:1],
         block_size=64, scale=0.125, delta=None,
     )  # fmt: skip
-    tensors = [getattr(inputs, field.name) for field in dataclasses.fields(inputs)]
+    tensors = [getattr(inputs, field.name) for field in dataclasses.fields(inputs)[:5]]
     assert relative_error(peers.dense_reference(*tensors, scale=0.125), expected) < 1e-4
 
 
@@ -136,7 +158,7 @@ def test_every_tuning_field_can_be_varied():
         assert sweep.parse_tuning(f"{field.name}={value}") == {field.name: value}
     assert sweep.parse_tuning("") == {}
     assert sweep.parse_tuning("waves=8,num_warps=8") == {"waves": 8, "num_warps": 8}
-    for wrong in ("wavs=8", "waves", "waves=many", "waves=0", "waves=1.5", "waves='x'"):
+    for wrong in ("wavs=8", "waves", "waves=many", "waves=-1", "waves=1.5", "waves='x'"):
         with pytest.raises(ValueError, match=wrong):
             sweep.parse_tuning(wrong)
 

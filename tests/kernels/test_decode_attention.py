@@ -177,7 +177,7 @@ def test_given_threshold(device):
         (1, {"score_bytes": 0}),
         (3, {"score_bytes": 0}),
         (1, {"chunk_blocks": 2, "scan_tokens": 16}),
-        (1, {"min_blocks": 1, "waves": 30, "item_overhead": 0, "scan_tokens": 16}),
+        (1, {"min_blocks": 1, "waves": 30, "item_tokens": 16, "scan_tokens": 16}),
         (1, {"waves": 1, "scan_tokens": 256}),
     ],
 )

@@ -82,6 +82,17 @@ def test_waves_are_full(device, num_reqs, length, prunes):
     assert len(sizes) >= 0.8 * waves * slots
 
 
+@pytest.mark.parametrize("prunes, length, waves", [
+    (True, 32_768, 1), (True, 131_072, 4), (True, 65_536, 2), (False, 8192, 1), (False, 32_768, 4),
+    (False, 131_072, 4),
+])  # fmt: skip
+def test_long_batches_are_cut_for_more_than_one_wave(device, prunes, length, waves):
+    """Items of 8,192 tokens, without pruning of 2,048, at most four waves of them."""
+    limits = dataclasses.replace(LIMITS[0], num_reqs=8, prunes=prunes, block_size=64)
+    items = items_of(plan_of(limits, [length] * 8, device), 8)
+    assert 0.8 * waves < 8 * len(items[0]) / limits.slots(8) <= waves
+
+
 @settings(max_examples=30, deadline=None)
 @given(lengths=lengths)
 def test_batch_invariant_plans(device, lengths):

@@ -14,9 +14,11 @@ FIXED = PEERS | {BASE_READ: 1}
 """Series that are timed once a shape: peers, and the bare read of our base."""
 VALUE_BYTES = {"auto": 2, "fp8": 1}
 """Bytes of an element of V by its dtype: the model's 16-bit one, or E4M3."""
-SPREAD, NEWEST = "spread", "newest"
-HOT = (SPREAD, NEWEST)
-"""Where hot blocks are planted: anywhere, or one after another at the end of the context."""
+SPREAD, NEWEST, UNEVEN = "spread", "newest", "uneven"
+HOT = (SPREAD, NEWEST, UNEVEN)
+"""Where hot blocks are planted: anywhere; one after another at the end of the context; or anywhere,
+but half of a request's KV heads have twice as many and the others none, as about half of the heads
+of a GQA model attend to the first and last tokens alone (https://arxiv.org/abs/2410.10819)."""
 NOTHING, WRITE = "nothing", "write"
 AHEAD = (NOTHING, WRITE)
 """What is timed with attention, ahead of it: nothing, or the write of the newest tokens' keys and
@@ -110,7 +112,7 @@ class Cell:
         value_dtype: auto or fp8.
         kept: fraction of the blocks to plant as hot.
         tuning: changes to the launch parameters, `name=value,...`.
-        hot: spread or newest; see `HOT`.
+        hot: spread, newest or uneven; see `HOT`.
         ahead: nothing or write; see `AHEAD`.
     """
 

@@ -66,13 +66,11 @@ class Decoder:
             launch_pdl=True,
         )  # fmt: skip
 
-    def check(
-        self, inputs: Inputs, planes: KVPlanes, kept_blocks: int | None = None
-    ) -> tuple[float, float]:
+    def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:
         """Relative error against the reference on the first requests, and the kept fraction.
 
-        Raises CheckFailed where their output is wrong, any is not finite, or not `kept_blocks`
-        (None: all) of every request and KV head are kept.
+        Raises CheckFailed where their output is wrong, any is not finite, or other blocks are kept
+        than were planted.
         """
         dtype = inputs.query.dtype
         if self.device.type == "cpu":
@@ -87,10 +85,9 @@ class Decoder:
         )  # fmt: skip
         error = relative_error(output[some], expected)
         kept, total = counters.tolist()
-        pages = self.shape.pages
-        heads = self.shape.batch * self.shape.geometry.num_kv_heads
-        counted = (heads * (pages if kept_blocks is None else kept_blocks), heads * pages)
-        if not (output.isfinite().all() and error < TOLERANCE and (kept, total) == counted):
+        every = self.shape.batch * self.shape.geometry.num_kv_heads * self.shape.pages
+        wanted = (inputs.num_kept if self.delta is not None else every, every)
+        if not (output.isfinite().all() and error < TOLERANCE and (kept, total) == wanted):
             raise CheckFailed(f"{self.shape}: error {error:.1e}, {kept} of {total} blocks kept")
         return error, kept / total
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from vllm_ffa_fp8fp8.bench.cells import NEWEST, SPREAD, Shape
+from vllm_ffa_fp8fp8.bench.cells import NEWEST, SPREAD, UNEVEN, Shape
 from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes, PageLayout
 
@@ -25,6 +25,7 @@ class Inputs:
     value: torch.Tensor  # like `key`
     block_table: torch.Tensor  # int32 [batch, pages]
     seq_lens: torch.Tensor  # int32 [batch]
+    num_kept: int  # blocks to keep, of all requests and KV heads
 
     @cached_property
     def newest(self) -> "NewestTokens":
@@ -55,9 +56,10 @@ def make_inputs(
 ) -> Inputs:
     """Random keys of small scores; the first token and one token in each hot block score high.
 
-    With `DELTA` exactly `shape.kept_blocks(kept)` blocks of a request and KV head are kept: the
-    first, the last and the hot ones, since all query heads of a group share a direction that only
-    those tokens point to. `hot`: where these blocks are, see `HOT`.
+    With `DELTA` exactly `shape.kept_blocks(kept)` blocks of a request and KV head are kept (that is
+    their mean where `hot` is uneven, up to `kept` 0.5): the first, the last and the hot ones, since
+    all query heads of a group share a direction that only those tokens point to. `hot`: where these
+    blocks are, see `HOT`.
     """
     geometry, dtype = shape.geometry, torch.bfloat16
     num_kv_heads, head_size = geometry.num_kv_heads, geometry.head_size
@@ -77,7 +79,11 @@ def make_inputs(
         rank = torch.linspace(1, 0, shape.pages, device=device).expand_as(rank).clone()
     rank[..., -1] = 2.0  # kept without being hot
     rank[..., 0] = -1.0
-    is_hot = rank.argsort(dim=-1).argsort(dim=-1) < shape.kept_blocks(kept) - 1
+    blocks = torch.full((shape.batch, num_kv_heads), shape.kept_blocks(kept), device=device)
+    if hot == UNEVEN:
+        order = torch.rand(blocks.shape, **options).argsort(dim=-1).argsort(dim=-1)
+        blocks.fill_(shape.kept_blocks(2 * kept))[2 * order >= num_kv_heads] = shape.kept_blocks(0)
+    is_hot = rank.argsort(dim=-1).argsort(dim=-1) < blocks[..., None] - 1
     is_hot[..., 0] = True
     request, head, page = is_hot.nonzero(as_tuple=True)
     row = torch.randint(0, geometry.page_size, page.shape, **options)
@@ -87,7 +93,7 @@ def make_inputs(
     query = direction.repeat_interleave(geometry.group, dim=1)
     query = (query + 0.3 * torch.randn(query.shape, **options)).to(dtype)
     seq_lens = torch.full((shape.batch,), shape.seq_len, dtype=torch.int32, device=device)
-    return Inputs(query, key, value, block_table, seq_lens)
+    return Inputs(query, key, value, block_table, seq_lens, int(blocks.sum()))
 
 
 def write_cache(inputs: Inputs, value_dtype: str) -> KVPlanes:

@@ -41,8 +41,8 @@ def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, int]:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             value = None
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{item!r} is not name=value with a whole number of 1 or more")
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{item!r} is not name=value with a whole number")
         changes[name] = value
     return changes
 
@@ -122,8 +122,7 @@ def measure(
                     value_dtype=planes[0].value.dtype,
                     write=cell.ahead == WRITE,
                 )
-                planted_blocks = shape.kept_blocks(kept) if cell.series == OURS else None
-                error, measured_kept = decoder.check(sets[0], planes[0], planted_blocks)
+                error, measured_kept = decoder.check(sets[0], planes[0])
                 us = decoder.time(sets, planes)
                 yield cell, figure(cell, us, measured_kept, error)
                 if tell_kernels:
