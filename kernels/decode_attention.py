@@ -64,9 +64,10 @@ def decode_attention(
             `min_context`; True: compute them in a kernel of their own; False: in every program.
         counters: int64 `[2]`, to which kept and all blocks are added.
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
-            launch, from compute capability 9.0 on; no effect elsewhere). That kernel may write
-            all that this one reads except `plan` and `block_table`, and lets this one start, if at
-            all, only after it has itself waited for the kernels before it, as those here do.
+            launch, from compute capability 9.0 on; no effect elsewhere, nor where nothing is
+            pruned and a program has a multiprocessor for itself). That kernel may write all that
+            this one reads except `plan` and `block_table`, and lets this one start, if at all, only
+            after it has itself waited for the kernels before it, as those here do.
     """
     num_heads, head_size = query.shape[1:]
     num_reqs = seq_lens.shape[0]
@@ -95,6 +96,8 @@ def decode_attention(
         tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
     num_warps = tuning.num_warps * (2 if rows > 32 else 1)
     merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(head_size))
+    # programs that are to have a multiprocessor each would share those that are free early
+    starts_early = delta is not None or tuning.dense_programs_per_processor > 1
     attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
         "KEY_STRIDE": planes.key.stride(2),
@@ -150,7 +153,7 @@ def decode_attention(
         ATTEND_STAGES=attend_stages,
         MERGE_ROWS=rows,
         MERGE_SLOTS=max(1, merge_rows // max(1, rows // num_warps)),
-        **pdl_arguments(query.device, launch_pdl),
+        **pdl_arguments(query.device, launch_pdl and starts_early),
         num_warps=num_warps,
         maxnreg=tuning.max_registers if rows <= 16 else 255,
         **common,

@@ -6,7 +6,7 @@ import triton.language as tl
 from .decode_attend import attend_blocks, narrow, num_kept, raise_reference
 from .decode_early import prefetch_scan
 from .decode_merge import merge_items
-from .decode_plan import item_blocks, load_item
+from .decode_plan import load_item
 from .decode_query import load_query, query_rows, split_query
 from .decode_scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
 from .paged_rows import load_places
@@ -99,7 +99,8 @@ def decode_kernel(
     first_head = kv_head * GROUP
     output_place = (token + row_tokens) * output_stride_token
     output_place += (first_head + row_heads) * output_stride_head
-    num_blocks = item_blocks(index, num_items, seq_len, BLOCK_SIZE)
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    num_blocks = (num_blocks - index + num_items - 1) // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
     places = load_places(
         block_table_row_ptr, index, num_items, seq_len, PAGE_SIZE, BLOCK_SIZE, UNIT, CHUNK_BLOCKS

@@ -237,13 +237,6 @@ def load_item(work_ptr, item):
     return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
 
 
-@triton.jit
-def item_blocks(index, num_items, seq_len, BLOCK_SIZE: tl.constexpr):
-    """How many blocks item `index` of `num_items` covers."""
-    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
-    return (num_blocks - index + num_items - 1) // num_items
-
-
 @dataclass
 class DecodePlan:
     """Which program of the decode kernel works on what.

@@ -8,8 +8,14 @@ from .cache_rows import plane_arguments, plane_constants
 from .page_layout import KVPlanes
 from .paged_rows import load_rows, load_scales, token_pages, token_pointers
 
+ROWS = 32
+"""Tokens that a program gathers."""
 
-@triton.jit(do_not_specialize=["num_rows"])  # batches share one compilation
+
+@triton.jit(  # batches share one compilation, wherever their rows of the block table begin
+    do_not_specialize=["block_table_stride", "num_rows"],
+    do_not_specialize_on_alignment=["block_table_ptr"],
+)
 def _kv_gather_kernel(
     key_ptr,
     value_ptr,
@@ -117,8 +123,7 @@ def gather_kv(
     if max_seq_len == 0:
         return
     assert key.stride() == value.stride() and key.stride(-1) == 1
-    rows = 32
-    grid = (triton.cdiv(max_seq_len, rows), block_table.shape[0], planes.num_kv_heads)
+    grid = (triton.cdiv(max_seq_len, ROWS), block_table.shape[0], planes.num_kv_heads)
     _kv_gather_kernel[grid](
         key,
         value,
@@ -129,9 +134,25 @@ def gather_kv(
         key.stride(0),
         key.stride(1),
         key.shape[0],
-        HEAD_SIZE=planes.head_size,
-        HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
-        ROWS=rows,
-        **plane_constants(planes),
-        num_warps=4,
+        **_constants(planes),
     )
+
+
+def compile_gather(planes: KVPlanes, dtype: torch.dtype) -> None:
+    """Compiles what `gather_kv` launches for `planes` and outputs of `dtype`, and launches
+    nothing, so that the first request with a prefix need not wait for it."""
+    row = planes.num_kv_heads * planes.head_size
+    _kv_gather_kernel.warmup(
+        dtype, dtype, *plane_arguments(planes), torch.int32, torch.int32, 1, row,
+        planes.head_size, 1, **_constants(planes), grid=(1,),
+    )
+
+
+def _constants(planes: KVPlanes) -> dict[str, int | float | bool]:
+    return {
+        "HEAD_SIZE": planes.head_size,
+        "HEAD_SIZE_PADDED": triton.next_power_of_2(planes.head_size),
+        "ROWS": ROWS,
+        **plane_constants(planes),
+        "num_warps": 4,
+    }

@@ -9,7 +9,7 @@ from .page_layout import KVPlanes
 from .runtime import pdl_arguments, wait_and_release
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # batches share one compilation
 def _kv_write_kernel(
     key_ptr,
     value_ptr,

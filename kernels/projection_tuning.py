@@ -21,9 +21,12 @@ class RopeWriteTuning:
     warps: int = 4
 
 
-def rope_write_tuning(num_tokens: int) -> RopeWriteTuning:
-    """Few tokens: a program a head or four, so that the work spreads; many: wide rows."""
-    if num_tokens <= 64:
+def rope_write_tuning(num_tokens: int, batch_invariant: bool = False) -> RopeWriteTuning:
+    """Few tokens: a program a head or four, so that the work spreads; many: wide rows.
+
+    `batch_invariant`: the same for any number, since the cut decides in which order a norm sums.
+    """
+    if batch_invariant or num_tokens <= 64:
         return RopeWriteTuning(tokens=1, heads=4)
     return RopeWriteTuning(tokens=2, heads=8)
 

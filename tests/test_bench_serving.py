@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vllm_ffa_fp8fp8 import cli, demo, environment
+from vllm_ffa_fp8fp8 import cli, engine_process, environment
 from vllm_ffa_fp8fp8.bench import serving
 from vllm_ffa_fp8fp8.bench.model_shapes import MODELS, write_model
 from vllm_ffa_fp8fp8.bench.serving import (
@@ -190,7 +190,7 @@ def test_a_large_model_needs_a_gpu(monkeypatch, capsys):
     ],
 )
 def test_wrong_arguments_are_told(monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(demo, "watch", None)  # no engine starts
+    monkeypatch.setattr(engine_process, "watch", None)  # no engine starts
     assert bench("--model", "tiny", *arguments) == 2
     assert words in capsys.readouterr().out
 
@@ -204,7 +204,7 @@ def test_a_failed_engine_leaves_the_figures_of_the_others(monkeypatch, tmp_path,
         jobs.append(job)
         return answer(5.0, 0.9, -1.0, job["rows"]) if name == "FFA_FP8FP8" else None
 
-    monkeypatch.setattr(demo, "watch", watch)
+    monkeypatch.setattr(engine_process, "watch", watch)
     arguments = ["--rows", "1x512", "8x512", "--uncounted", "--folder", tmp_path]
     assert bench(*arguments) == 1
     shown = capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_names_and_errors_are_shown_as_they_stand(monkeypatch, tmp_path, capsys)
         yield "phase", "timing [red]"
         yield "result", answer(5.0, 0.9, -1.0, job["rows"])
 
-    monkeypatch.setattr(demo, "run_engine", run_engine)
+    monkeypatch.setattr(engine_process, "run_engine", run_engine)
     arguments = ["--rows", "1x512", "--ffa", "a[bold]={}", "--uncounted", "--no-peers"]
     assert bench(*arguments, "--folder", tmp_path) == 1
     shown = capsys.readouterr().out

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from vllm_ffa_fp8fp8 import bench_kproj, cli, demo, doctor, environment
-from vllm_ffa_fp8fp8.demo_engine import run_engine, summed_skip_stats
+from vllm_ffa_fp8fp8.demo_engine import generate, summed_skip_stats
 from vllm_ffa_fp8fp8.demo_prompts import Question, make_questions
+from vllm_ffa_fp8fp8.engine_process import run_engine
 from vllm_ffa_fp8fp8.environment import GPU
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +128,23 @@ def test_doctor_warns_that_vllm_serve_will_not_start(monkeypatch):
     assert "prepare_cpu.py" in warning.advice
 
 
+@pytest.mark.parametrize(
+    "version, said",
+    [
+        ("3.5.1", "the kernels are made for Triton 3.6 to 3.9"),
+        ("3.6.0", ""),
+        ("3.9.2", ""),
+        ("3.10.0", "untested: the kernels are made for Triton 3.6 to 3.9"),
+        ("4.0", "untested: the kernels are made for Triton 3.6 to 3.9"),
+    ],
+)
+def test_doctor_warns_of_other_tritons(monkeypatch, version, said):
+    pretend(monkeypatch, HOPPER, cpu_build=False, triton=version)
+    finding = doctor.check_triton(HOPPER)
+    assert finding.status == (doctor.WARNING if said else doctor.OK)
+    assert finding.advice == said
+
+
 def test_doctor_refuses_an_old_vllm(monkeypatch):
     monkeypatch.setattr(doctor, "unsupported_vllm", lambda: "too old")
     assert find(doctor.check_vllm(None), "vLLM").status == doctor.MISSING
@@ -227,6 +245,26 @@ def test_demo_finds_its_model_in_the_current_clone(monkeypatch, tmp_path, capsys
     assert "it has no config.json and no tokenizer.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{"),
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"max_position_embeddings": null}'),
+    ],
+)
+def test_demo_names_a_broken_file_of_a_model(monkeypatch, tmp_path, capsys, name, text):
+    monkeypatch.setattr(demo, "watch", None)  # no engine starts
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / file).write_bytes(Path(demo.find_model(), file).read_bytes())
+    (tmp_path / name).write_text(text)
+    assert cli.main(["demo", "--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / name} is no ")
+    assert line.endswith("restore the file, or name another model with --model FOLDER.")
+
+
 def test_questions_that_cannot_be_made():
     with pytest.raises(ValueError, match="asked=17"):
         make_questions(8000, len, asked=17)
@@ -276,7 +314,7 @@ def test_report_fails_on_a_wrong_answer(monkeypatch, answer, exit_code):
 def test_engine_failure_is_told_and_logged(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(RuntimeError, match="KeyError: 'llm'"):
-        list(run_engine({}, str(log)))
+        list(run_engine({}, str(log), generate))
     assert "Traceback" in log.read_text()
 
 
@@ -293,10 +331,13 @@ def test_bench_kproj_needs_a_gpu_with_fp8(monkeypatch, capsys):
     "arguments, message",
     [
         (["--vary", "splits=4,depth=2"], "no launch parameter 'depth' in 'depth=2': splits"),
-        (["--vary-prefill", "tokens=many"], "'tokens=many' is not name=value with a number"),
+        (["--vary-prefill", "tokens=many"], "'tokens=many' is not name=value with a whole number"),
+        (["--batches", "1", "129"], "--batches are 1 to 128 tokens, not 129"),
+        (["--prefill", "0"], "--prefill is 1 token or more, not 0"),
+        (["--json", "/dev/null/some.json"], "cannot be a folder for figures"),
     ],
 )
-def test_bench_kproj_names_a_bad_variant(monkeypatch, capsys, arguments, message):
+def test_bench_kproj_names_what_it_cannot_measure(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
     assert cli.main(["bench-kproj", *arguments]) == 2
     assert message in capsys.readouterr().out

@@ -20,10 +20,11 @@ BAD_OPTIONS = {
     "delta negative": ({"delta": -1}, ["'delta' = -1 (int)", "a number >= 0"]),
     "delta not a number": ({"delta": math.nan}, ["'delta' = nan", "a number >= 0"]),
     "delta text": ({"delta": "10"}, ["'delta' = '10' (str)", "a number >= 0", "null"]),
+    "delta beyond a float": ({"delta": 10**400}, ["'delta' = 1000000", "(int)", "a number >= 0"]),
     "delta bool": ({"delta": True}, ["'delta' = True (bool)", "a number >= 0"]),
     "block_size odd": ({"block_size": 48}, ["'block_size' = 48", "16, 32, 64, 128, or null"]),
     "block_size float": ({"block_size": 64.0}, ["'block_size' = 64.0 (float)", "16, 32, 64, 128"]),
-    "block_size bool": ({"block_size": True}, ["'block_size' = True", "16, 32, 64, 128"]),
+    "block_size bool": ({"block_size": True}, ["'block_size' = True", "largest power of two"]),
     "use_fp8_residual int": ({"use_fp8_residual": 1}, ["'use_fp8_residual' = 1 (int)", "true or"]),
     "v_cache_dtype of vLLM": (
         {"v_cache_dtype": "fp8_e5m2"},
@@ -46,11 +47,16 @@ BAD_OPTIONS = {
     "dense_layers of text": ({"dense_layers": ["0"]}, ["'dense_layers' = ['0']", "a list of"]),
     "min_context negative": ({"min_context": -5}, ["'min_context' = -5", "an integer >= 0"]),
     "min_context float": ({"min_context": 1.5}, ["'min_context' = 1.5 (float)", "an integer >= 0"]),
+    "min_context beyond int32": ({"min_context": 2**31}, ["'min_context' = 2147", "< 2**31"]),
     "unknown preset": (
         {"preset": "balancd"},
         ["'balancd'", "did you mean 'balanced'?", "balanced, exact, fast", ".yaml"],
     ),
     "preset not a name": ({"preset": 5}, ["preset 5", "balanced, exact, fast"]),
+    "preset false": ({"preset": False}, ["preset False", "balanced, exact, fast"]),
+    "preset zero": ({"preset": 0}, ["preset 0", "balanced, exact, fast"]),
+    "preset a list": ({"preset": []}, ["preset []", "balanced, exact, fast"]),
+    "preset empty": ({"preset": ""}, ["preset ''", "balanced, exact, fast"]),
 }
 
 
@@ -72,7 +78,8 @@ def test_presets_are_the_documented_ones():
     assert (fast.delta, fast.min_context) == (5.0, 1024) and fast.prunes
     assert exact.use_fp8_residual and balanced.use_fp8_residual and fast.use_fp8_residual
     assert {config.v_cache_dtype for config in (exact, balanced, fast)} == {"auto"}
-    assert FFAConfig.load() == balanced
+    assert FFAConfig.load() == FFAConfig.load(overrides={"preset": None}) == balanced
+    assert FFAConfig() == balanced  # what a file leaves out
 
 
 @pytest.mark.parametrize("overrides, fragments", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
@@ -139,7 +146,8 @@ def test_precedence(monkeypatch, tmp_path):
     assert overridden == FFAConfig(delta=8.0, min_context=3)
     assert FFAConfig.load("fast").delta == 5.0
     assert FFAConfig.load("fast", {"preset": "exact"}).delta == math.inf
-    assert FFAConfig.load(overrides={"preset": "fast", "min_context": 0}) == FFAConfig(delta=5.0)
+    fast = FFAConfig.load(overrides={"preset": "fast", "min_context": 0})
+    assert fast == FFAConfig(delta=5.0, min_context=0)
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
     assert FFAConfig.load().delta == 5.0
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "")
@@ -181,6 +189,11 @@ def test_from_vllm_config():
     assert FFAConfig.from_vllm_config(vllm_config(object())) == FFAConfig.load()
     with pytest.raises(ValueError, match="no layer 9"):
         FFAConfig.from_vllm_config(vllm_config({"ffa_fp8fp8": {"dense_layers": [9]}}))
+    for key in ("ffa-fp8fp8", "FFA_FP8FP8", "ffa_fp8fp9", "ffa_fp8_fp8"):
+        with pytest.raises(ValueError, match=f"Unknown key '{key}' .*under 'ffa_fp8fp8'"):
+            FFAConfig.from_vllm_config(vllm_config({key: {"delta": 8.0}}))
+    for key in ("fp8", "ffa", "delta", 3):  # another plugin's
+        assert FFAConfig.from_vllm_config(vllm_config({key: {}})) == FFAConfig.load()
 
 
 def test_importing_costs_little():

@@ -8,9 +8,10 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_ffa_fp8fp8 import cuda_ops
 from vllm_ffa_fp8fp8.backend import FFAFP8FP8Backend, decode_query_len
 from vllm_ffa_fp8fp8.config import FFAConfig
-from vllm_ffa_fp8fp8.cuda_ops import context_chunks
+from vllm_ffa_fp8fp8.cuda_ops import CudaOps, context_chunks
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder, _seq_lens_host
 
 SPEC = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
@@ -158,3 +159,14 @@ def test_small_pages_of_other_backends_are_said(monkeypatch):
 )
 def test_prefills_are_cut_to_the_workspace(seq_lens, chunks):
     assert context_chunks(seq_lens, 100) == chunks
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_batch_invariant_norms_are_cut_alike(monkeypatch, batch_invariant):
+    """Whatever number of tokens a step has."""
+    ops, tunings = object.__new__(CudaOps), set()
+    ops.batch_invariant = batch_invariant
+    monkeypatch.setattr(cuda_ops, "rope_and_write", lambda *given: tunings.add(given[6]))
+    for num_tokens in (1, 64, 65, 4096):
+        ops.rope_and_write(torch.empty(num_tokens, 0), None, None, None, None, None)
+    assert None not in tunings and (len(tunings) == 1) == batch_invariant

@@ -38,6 +38,16 @@ REFUSED_LAYERS = [
     ({"dtype": torch.float32}, "dtype float32", "set --dtype to bfloat16 or float16"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'", "set --kv-cache-dtype to the model's"),
     ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype 'nvfp4'", "its own FP8 cache format"),
+    (
+        {"kv_cache_dtype": "float16"},
+        "kv_cache_dtype float16 of a bfloat16 model",
+        "at auto, or set",
+    ),
+    (
+        {"kv_cache_dtype": "bfloat16", "dtype": torch.float16},
+        "kv_cache_dtype bfloat16 of a float16 model",
+        "set --dtype to bfloat16",
+    ),
     ({"block_size": 24}, "block_size 24", "--block-size to a multiple of 16"),
     ({"device_capability": DeviceCapability(7, 5)}, "compute capability 7.5", "8.0 or newer"),
     ({"attn_type": AttentionType.ENCODER}, "support encoder attention", "FLASH_ATTN"),
@@ -107,8 +117,10 @@ def test_refused_layer(changes, what, advice):
 
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "float16", "bfloat16", None])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "the model's", None])
 def test_supported_layer(head_size, dtype, kv_cache_dtype):
+    if kv_cache_dtype == "the model's":
+        kv_cache_dtype = str(dtype).removeprefix("torch.")
     layer = PLAIN_LAYER | dict(head_size=head_size, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     assert refusals.refusal_reasons(**layer) == []
 
@@ -188,24 +200,75 @@ def test_fp8_values_need_a_device_with_fp8():
     refusals.check_options(FFAConfig(), has_fp8=False)
 
 
-def engine(method=None, backend=None, use_ubatching=False):
-    drafts = backend and SimpleNamespace(name=backend)
-    speculative = method and SimpleNamespace(method=method, attention_backend=drafts)
-    parallel = SimpleNamespace(use_ubatching=use_ubatching)
-    return SimpleNamespace(parallel_config=parallel, speculative_config=speculative)
+OURS = "FFA_FP8FP8"
 
 
-def test_refused_engines():
+def engine(
+    method=None, drafts=None, model=OURS, v2=False, per_kind=None, parallel=False, dbo=False
+):
+    """A configuration with the backends of those names, of the model and of its drafts."""
+    backend = {name: name and SimpleNamespace(name=name) for name in (drafts, model, per_kind)}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(use_ubatching=dbo),
+        attention_config=SimpleNamespace(
+            backend=backend[model],
+            backend_per_kind={"full_attention": backend[per_kind]} if per_kind else {},
+        ),
+        speculative_config=method
+        and SimpleNamespace(
+            method=method, attention_backend=backend[drafts], parallel_drafting=parallel
+        ),
+        use_v2_model_runner=v2,
+    )
+
+
+def test_refused_microbatches():
     with pytest.raises(ValueError, match=r"support microbatches .*drop --enable-dbo"):
-        refusals.check_engine(engine(use_ubatching=True))
-    for backend in (None, "FFA_FP8FP8"):
-        with pytest.raises(ValueError, match=r"method draft_model.*another backend.*FLASH_ATTN"):
-            refusals.check_engine(engine("draft_model", backend))
+        refusals.check_engine(engine(dbo=True))
 
 
-def test_supported_engines():
-    for method, backend in ((None, None), ("ngram", None), ("draft_model", "FLASH_ATTN")):
-        refusals.check_engine(engine(method, backend))
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(drafts=OURS),
+        dict(per_kind=OURS, model=None),
+        # V2 gives the drafts the model's backend, whatever is named for them
+        dict(v2=True),
+        dict(v2=True, drafts="FLASH_ATTN"),
+        dict(v2=True, drafts="FLASH_ATTN", model=None, per_kind=OURS),
+    ],
+)
+def test_refused_draft_models(given):
+    advice = "draft with ngram, eagle or mtp, .*FLASH_ATTN.*VLLM_USE_V2_MODEL_RUNNER=0"
+    with pytest.raises(ValueError, match=f"of a separate model.*draft_model.*{advice}"):
+        refusals.check_engine(engine("draft_model", **given))
+
+
+@pytest.mark.parametrize("given", [dict(drafts=OURS), dict(per_kind=OURS)])
+def test_refused_parallel_drafts(given):
+    advice = 'drop "parallel_drafting".*another "attention_backend"'
+    with pytest.raises(ValueError, match=f"support parallel drafting.*: {advice}"):
+        refusals.check_engine(engine("eagle3", parallel=True, **given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(),
+        dict(method="ngram"),
+        dict(method="ngram", v2=True),
+        dict(method="eagle3", drafts=OURS),
+        dict(method="eagle3", v2=True),
+        dict(method="draft_model"),
+        dict(method="draft_model", drafts="FLASH_ATTN"),
+        dict(method="draft_model", v2=True, model="FLASH_ATTN"),
+        dict(method="eagle3", parallel=True),
+        dict(method="eagle3", parallel=True, drafts="FLASH_ATTN"),
+        dict(method="dspark", parallel=True, drafts=OURS, v2=True),
+    ],
+)
+def test_supported_engines(given):
+    refusals.check_engine(engine(**given))
 
 
 def test_batch_invariance_without_drafts_only():

@@ -43,6 +43,9 @@ class Records(logging.Handler):
     def warnings_about_variable(self):
         return [message for message in self.messages if message == UNKNOWN]
 
+    def about_misplaced_options(self):
+        return [message for message in self.messages if "does not read" in message]
+
     def options(self):
         return [message for message in self.messages if message.startswith("FFA_FP8FP8 options")]
 
@@ -139,10 +142,21 @@ def test_other_values_stay_vllms_business(log, monkeypatch, value):
 
 def test_not_chosen_changes_nothing(log, monkeypatch):
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "no such preset")
-    given = {"ffa_fp8fp8": {"detla": 1}}
+    given = {"ffa_fp8fp8": {"detla": 1}, "ffa-fp8fp8": {}, "delta": 8.0}
     vllm_config = engine_config(additional_config=given)
     assert chosen(vllm_config) is None and vllm_config.additional_config == given
     assert not log.warnings_about_variable() and not log.options()
+    assert not log.about_misplaced_options()
+
+
+def test_options_in_the_wrong_place_are_told_once(log):
+    given = {"delta": 8.0, "other": 1, "preset": "fast"}
+    for _ in range(2):
+        engine_config(attention_backend="FFA_FP8FP8", additional_config=given)
+    (message,) = log.about_misplaced_options()
+    assert "'delta', 'preset' of additional_config" in message and "'ffa_fp8fp8'" in message
+    with pytest.raises(ValueError, match="Unknown key 'ffa-fp8fp8'"):
+        engine_config(attention_backend="FFA_FP8FP8", additional_config={"ffa-fp8fp8": {}})
 
 
 @pytest.mark.parametrize(
@@ -178,7 +192,7 @@ def test_engines_are_checked(log, monkeypatch):
     ours = {"attention_backend": "FFA_FP8FP8"}
     with pytest.raises(ValueError, match="does not support drafts of a separate model"):
         separate = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 2}
-        engine_config(speculative_config=separate, **ours)
+        engine_config(speculative_config=separate | ours, **ours)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ValueError, match="speculative decoding with batch invariance"):
         engine_config(speculative_config=NGRAM, **ours)

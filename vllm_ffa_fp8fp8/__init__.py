@@ -1,3 +1,1 @@
 """FFA_FP8FP8: a vLLM attention backend with FP8 + FP8-residual keys and block-skipping decode."""
-
-__version__ = "0.1.0"

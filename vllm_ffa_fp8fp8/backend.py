@@ -38,7 +38,8 @@ def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLa
 
 
 def pruning_block_size(page_size: int, config: FFAConfig) -> int:
-    """Tokens that are kept or skipped together: the option, else the page as far as it goes."""
+    """Tokens that are kept or skipped together: the option, else the largest power of two that
+    divides vLLM's page, up to 128."""
     return config.block_size or math.gcd(page_size, 128)
 
 

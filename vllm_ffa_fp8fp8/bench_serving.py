@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from vllm_ffa_fp8fp8 import demo, environment
+from vllm_ffa_fp8fp8 import engine_process, environment
 from vllm_ffa_fp8fp8.bench.cells import Geometry, Shape
 from vllm_ffa_fp8fp8.bench.model_shapes import MODELS, write_model
 from vllm_ffa_fp8fp8.bench.report import console, show_table
@@ -148,7 +148,7 @@ def time_variants(variants: list[Variant], settings: Settings, results: Results)
                 screen.print(str(error))
                 failed = True
                 continue
-            answer = demo.watch(screen, variant.name, job, time_rows)
+            answer = engine_process.watch(screen, variant.name, job, time_rows)
             if answer is None:
                 failed = True  # the other engines' figures still count
             else:

@@ -1,4 +1,4 @@
-"""Everything that depends on vLLM's version."""
+"""What depends on vLLM's version, apart from its interface for backends and from `patches`."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -168,10 +168,19 @@ def attend(layer: Any, query, key, value, output) -> None:
     attention.unified_attention_with_output(query, key, value, output, layer.layer_name)
 
 
-def cache_and_slots(layer_name: str) -> tuple[Any, Any, Any]:
-    """The layer of that name, its KV cache and the step's slots, int64 `[<= num_tokens]`, or None
-    in the profiling run; within a forward context."""
-    from vllm.model_executor.layers.attention import attention
+def layer_name_encoder() -> Callable[[str], Any]:
+    """What makes of a layer's name the argument of an operator that takes vLLM's LayerNameType."""
+    from vllm.utils.torch_utils import _encode_layer_name
 
-    _, layer, kv_cache, slot_mapping = attention.get_attention_context(layer_name)
+    return _encode_layer_name
+
+
+def cache_and_slots(layer_name: Any) -> tuple[Any, Any, Any]:
+    """The layer of that encoded name, its KV cache and the step's slots, int64 `[<= num_tokens]`,
+    or None in the profiling run; within a forward context."""
+    from vllm.model_executor.layers.attention import attention
+    from vllm.utils.torch_utils import _resolve_layer_name
+
+    name = _resolve_layer_name(layer_name)
+    _, layer, kv_cache, slot_mapping = attention.get_attention_context(name)
     return layer, kv_cache, slot_mapping

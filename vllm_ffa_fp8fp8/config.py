@@ -28,7 +28,7 @@ def _delta(value: object) -> float:
     if value is None:
         return math.inf
     if (_is_int(value) or isinstance(value, float)) and value >= 0:
-        return float(value)
+        return float(value)  # OverflowError for an integer that no float holds
     raise ValueError
 
 
@@ -57,7 +57,7 @@ def _layers(value: object) -> tuple[int, ...]:
 
 
 def _count(value: object) -> int:
-    if _is_int(value) and value >= 0:
+    if _is_int(value) and 0 <= value < 2**31:  # an int32 of the kernels
         return value
     raise ValueError
 
@@ -71,8 +71,8 @@ def _fused_kproj(value: object) -> str:
 
 
 def _option(default: Any, check: Callable[[object], Any], allowed: str) -> Any:
-    """A field whose `check` returns the value to store or raises ValueError; `allowed` says what
-    it accepts, for the user."""
+    """A field whose `check` returns the value to store or raises ValueError or OverflowError;
+    `allowed` says what it accepts, for the user."""
     return dataclasses.field(default=default, metadata={"check": check, "allowed": allowed})
 
 
@@ -88,7 +88,10 @@ class FFAConfig:
     log2 units, and be kept."""
 
     block_size: int | None = _option(
-        None, _block_size, "one of 16, 32, 64, 128, or null for the kernel's page size"
+        None,
+        _block_size,
+        "one of 16, 32, 64, 128, or null for the largest power of two that divides vLLM's page, "
+        "up to 128",
     )
     """Tokens that are kept or skipped together."""
 
@@ -104,7 +107,7 @@ class FFAConfig:
     dense_layers: tuple[int, ...] = _option((), _layers, "a list of layer indices")
     """Layers that run unpruned; negative indices count from the end."""
 
-    min_context: int = _option(0, _count, "an integer >= 0 (tokens)")
+    min_context: int = _option(1024, _count, "an integer >= 0 and < 2**31 (tokens)")
     """Requests with fewer tokens run unpruned."""
 
     record_skip_ratio: bool = _option(False, _flag, "true or false")
@@ -134,7 +137,7 @@ class FFAConfig:
     def from_vllm_config(cls, vllm_config: Any) -> "FFAConfig":
         """The options for `vllm_config`'s model: `additional_config["ffa_fp8fp8"]` over a preset.
         Beside a draft model, `dense_layers` are those of the model it drafts for. Raises
-        ValueError as `load` does."""
+        ValueError as `load` does, and for a key that looks like a misspelt "ffa_fp8fp8"."""
         model_config = vllm_config.model_config
         speculative_config = getattr(vllm_config, "speculative_config", None)
         if speculative_config is not None:  # `vllm_config` may be the draft model's
@@ -143,6 +146,7 @@ class FFAConfig:
         additional_config = vllm_config.additional_config
         if not isinstance(additional_config, Mapping):
             additional_config = {}
+        _check_keys(additional_config)
         overrides = additional_config.get(ADDITIONAL_CONFIG_KEY)
         return cls.load(overrides=overrides, num_layers=num_layers)
 
@@ -170,14 +174,26 @@ class FFAConfig:
                 "it must be a mapping of options, such as {'delta': 10.0}"
             )
         overrides = dict(overrides or {})
-        preset = overrides.pop("preset", None) or preset
+        chosen = overrides.pop("preset", None)
+        preset = preset if chosen is None else chosen
         options = _checked(overrides, source)
-        if preset or len(options) < len(fields(cls)):
-            options = read_preset(preset or envs.config() or DEFAULT_PRESET) | options
+        if preset is None and len(options) < len(fields(cls)):
+            preset = envs.config() or DEFAULT_PRESET
+        if preset is not None:
+            options = read_preset(preset) | options
         config = cls(**options)
         if num_layers is None:
             return config
         return dataclasses.replace(config, dense_layers=_absolute(config.dense_layers, num_layers))
+
+
+def misplaced_options(additional_config: Any) -> list[str]:
+    """Keys of `additional_config` that are named like our options, which belong one level down.
+    They may be another plugin's: the dict is shared."""
+    if not isinstance(additional_config, Mapping):
+        return []
+    names = {"preset", *(field.name for field in fields(FFAConfig))}
+    return [key for key in additional_config if key in names]
 
 
 def preset_names() -> list[str]:
@@ -225,12 +241,24 @@ def _checked(options: Mapping[str, Any], source: str) -> dict[str, Any]:
         metadata = known[name].metadata
         try:
             checked[name] = metadata["check"](value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(
                 f"Option {name!r} = {value!r} ({type(value).__name__}) in {source} is not valid; "
                 f"allowed: {metadata['allowed']}"
             ) from None
     return checked
+
+
+def _check_keys(additional_config: Mapping[Any, Any]) -> None:
+    for key in additional_config:
+        if not isinstance(key, str) or key == ADDITIONAL_CONFIG_KEY:
+            continue
+        spelt = key.lower().replace("-", "_")
+        if get_close_matches(spelt, [ADDITIONAL_CONFIG_KEY], cutoff=0.85):
+            raise ValueError(
+                f"Unknown key {key!r} in additional_config: the options of FFA_FP8FP8 belong "
+                f"under {ADDITIONAL_CONFIG_KEY!r}"
+            )
 
 
 def _did_you_mean(name: object, known: Any) -> str:

@@ -23,6 +23,9 @@ class CpuOps:
     def reserve_scratch(self) -> None:
         pass
 
+    def prepare(self, planes: KVPlanes) -> None:
+        pass
+
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv_reference(key, value, planes, slot_mapping)
 

@@ -8,7 +8,7 @@ from vllm_ffa_fp8fp8.backend import decode_query_len, pruning_block_size
 from vllm_ffa_fp8fp8.compat import load_flash_attention
 from vllm_ffa_fp8fp8.kernels.decode_attention import decode_attention
 from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, DecodeScratch
-from vllm_ffa_fp8fp8.kernels.kv_gather import gather_kv
+from vllm_ffa_fp8fp8.kernels.kv_gather import compile_gather, gather_kv
 from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch, project_rope_and_write
@@ -17,6 +17,7 @@ from vllm_ffa_fp8fp8.kernels.projection_tuning import (
     ProjectionTuning,
     largest_projected_batch,
     projection_tuning_on,
+    rope_write_tuning,
 )
 from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
@@ -66,6 +67,10 @@ class CudaOps:
         if fused is not None and fused.largest_projected_batch:
             self._projection_scratch(fused.largest_projected_batch, fused.heads, fused.hidden_size)
 
+    def prepare(self, planes: KVPlanes) -> None:
+        """Compiles what no step of the start-up launches, for a cache that was just bound."""
+        compile_gather(planes, self.dtype)
+
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
 
@@ -78,7 +83,8 @@ class CudaOps:
         return largest_projected_batch(hidden_size)
 
     def rope_and_write(self, qkv, positions, heads: QKVHeads, planes, slot_mapping, rotated):
-        rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated)
+        tuning = rope_write_tuning(qkv.shape[0], self.batch_invariant)
+        rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated, tuning)
 
     def project_rope_and_write(
         self,

@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from vllm_ffa_fp8fp8 import environment
-from vllm_ffa_fp8fp8.demo_engine import run_engine
+from vllm_ffa_fp8fp8.demo_engine import generate
 from vllm_ffa_fp8fp8.demo_prompts import Question, make_questions
+from vllm_ffa_fp8fp8.engine_process import watch
 
 MODEL = Path("tests", "assets", "recall-9m")
 OURS = {
@@ -32,6 +30,7 @@ NO_MODEL = (
     f"The demo's model, {MODEL}, is part of the repository, and neither what is installed nor the "
     "current folder is a clone of it: run this in a clone, or name a model with --model FOLDER."
 )
+OTHER_MODEL = "restore the file, or name another model with --model FOLDER."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ffa-fp8fp8 demo", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 def run(options: argparse.Namespace) -> int:
     console = Console()
     if environment.vllm_version() is None:
@@ -64,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     if problem := missing_model(model):
         print(problem)
         return 1
-    count = token_counter(model)
     try:
+        count = token_counter(model)
         tokens = prompt_length(options, model)
         questions = make_questions(tokens, count, asked=options.questions, notes=NOTES)
     except ValueError as error:
@@ -82,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     results = []
     for name, choice in (("FFA_FP8FP8", OURS), ("default backend", {})):
         job = {"llm": shared | choice, "prompts": [question.prompt for question in questions]}
-        results.append(watch(console, name, job))
+        results.append(watch(console, name, job, generate))
         if results[-1] is None:
             return 1
     return report(console, questions, *results)
@@ -106,12 +99,17 @@ def missing_model(model: str | None) -> str | None:
 
 
 def prompt_length(options: argparse.Namespace, model: str) -> int:
-    """What the options ask for, of a length that the model has positions for. Raises ValueError."""
+    """What the options ask for, of a length that the model has positions for. Raises ValueError,
+    also where config.json cannot be read."""
     if not 1 <= options.questions <= NOTES:
         raise ValueError(f"--questions is a number from 1 to {NOTES}, not {options.questions}")
-    config = json.loads(Path(model, "config.json").read_text())
-    positions = config.get("text_config", config).get("max_position_embeddings", math.inf)
-    most = positions - ANSWER_ROOM
+    file = Path(model, "config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        positions = config.get("text_config", config).get("max_position_embeddings", math.inf)
+        most = positions - ANSWER_ROOM
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is no model's configuration ({error}): {OTHER_MODEL}") from error
     if options.tokens is None:
         return min(most, DEFAULT_TOKENS["cpu" if environment.is_cpu_build() else "gpu"])
     if options.tokens > most:
@@ -122,33 +120,16 @@ def prompt_length(options: argparse.Namespace, model: str) -> int:
     return options.tokens
 
 
-def token_counter(model: str) -> Any:
+def token_counter(model: str) -> Callable[[str], int]:
+    """What counts the tokens of a text. Raises ValueError for a broken tokenizer.json."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(Path(model, "tokenizer.json")))
+    file = Path(model, "tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer ({error}): {OTHER_MODEL}") from error
     return lambda text: len(tokenizer.encode(text).ids)
-
-
-def watch(
-    console: Console, name: str, job: dict[str, Any], work: Callable | None = None
-) -> dict[str, Any] | None:
-    """Runs one job of `run_engine`, shows what it is doing, and its log only if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "vllm.log")
-        start = time.monotonic()
-        try:
-            with console.status(Text(name)) as status:
-                for kind, value in run_engine(job, str(log), work):
-                    if kind == "result":
-                        console.print(Text(f"{name}: done in {time.monotonic() - start:.0f} s"))
-                        return value
-                    status.update(Text(f"{name}: {value}"))
-                    if not console.is_terminal:
-                        console.print(Text(f"{name}: {value} ({time.monotonic() - start:.0f} s)"))
-        except RuntimeError as error:
-            console.print(Text(log.read_text(errors="replace")[-6000:], style="dim"))
-            console.print(Text.assemble((f"{name} failed", "red"), f": {error}"))
-    return None
 
 
 def report(
@@ -205,7 +186,3 @@ def marked(question: Question, answer: str) -> str:
 
 def shown_ratio(ratio: float | None) -> str:
     return "none: it has no pruning" if ratio is None else f"{ratio:.1%}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_ffa_fp8fp8 import environment
+from vllm_ffa_fp8fp8 import environment, envs
 from vllm_ffa_fp8fp8.compat import SUPPORTED_VLLM, unsupported_vllm
 from vllm_ffa_fp8fp8.environment import GPU, install_command
 from vllm_ffa_fp8fp8.refusals import MIN_COMPUTE_CAPABILITY
@@ -22,7 +22,7 @@ ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_ffa_fp8fp8.plugin:register",
     "vllm.platform_plugins": "vllm_ffa_fp8fp8.plugin:register_early",
 }
-OLDEST_TRITON = (3, 6)
+OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,12 @@ def check_triton(gpu: GPU | None) -> Finding:
         return Finding("triton", OK, f"{version or 'not installed'}, not used on the CPU")
     if version is None:
         return Finding("triton", MISSING, "not installed", "it comes with torch's CUDA build")
-    if environment.release(version) < OLDEST_TRITON:
-        return Finding("triton", WARNING, version, "the kernels are made for Triton 3.6 to 3.9")
+    made_for = f"made for Triton {dotted(OLDEST_TRITON)} to {dotted(NEWEST_TRITON)}"
+    release = environment.release(version)[:2]
+    if release < OLDEST_TRITON:
+        return Finding("triton", WARNING, version, f"the kernels are {made_for}")
+    if release > NEWEST_TRITON:
+        return Finding("triton", WARNING, version, f"untested: the kernels are {made_for}")
     return Finding("triton", OK, version)
 
 
@@ -161,15 +165,15 @@ def check_entry_points() -> Finding:
         if value not in {point.value for point in importlib.metadata.entry_points(group=group)}:
             advice = "pip install --no-deps -e . in the clone"
             return Finding(subject, MISSING, f"vLLM sees no entry point in {group}", advice)
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "ffa_fp8fp8" not in allowed.split(","):
-        advice = "add ffa_fp8fp8 to VLLM_PLUGINS, or unset it"
-        return Finding(subject, MISSING, f"VLLM_PLUGINS={allowed}", advice)
+    allowed, variable = envs.plugins(), envs.PLUGINS_VARIABLE
+    if allowed is not None and "ffa_fp8fp8" not in allowed:
+        advice = f"add ffa_fp8fp8 to {variable}, or unset it"
+        return Finding(subject, MISSING, f"{variable}={','.join(allowed)}", advice)
     return Finding(subject, OK, f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}")
 
 
 def check_options(gpu: GPU | None) -> Finding:
-    from vllm_ffa_fp8fp8 import envs, refusals
+    from vllm_ffa_fp8fp8 import refusals
     from vllm_ffa_fp8fp8.config import DEFAULT_PRESET, FFAConfig
 
     chosen = envs.config()

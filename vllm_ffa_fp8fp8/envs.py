@@ -4,6 +4,7 @@ import os
 
 ATTENTION_BACKEND_VARIABLE = "VLLM_ATTENTION_BACKEND"
 CONFIG_VARIABLE = "FFA_FP8FP8_CONFIG"
+PLUGINS_VARIABLE = "VLLM_PLUGINS"
 
 
 def attention_backend() -> str | None:
@@ -21,3 +22,9 @@ def batch_invariant() -> bool:
 def config() -> str | None:
     """A preset's name or the path of a YAML file, None where unset or empty."""
     return os.environ.get(CONFIG_VARIABLE) or None
+
+
+def plugins() -> list[str] | None:
+    """The only plugins that vLLM loads, None where VLLM_PLUGINS is unset: all."""
+    value = os.environ.get(PLUGINS_VARIABLE)
+    return None if value is None else value.split(",")

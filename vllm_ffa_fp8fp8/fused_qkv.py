@@ -6,18 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch.library import Library
 from vllm.logger import init_logger
-from vllm.utils.torch_utils import (
-    LayerNameType,
-    _encode_layer_name,
-    _resolve_layer_name,
-    direct_register_custom_op,
-)
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from vllm_ffa_fp8fp8 import compat, patches
 from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.plugin import FUSED_ATTENTION_OP
 
 logger = init_logger(f"vllm.{__name__}")
+_encode_layer_name = compat.layer_name_encoder()  # here: compiled code is to import nothing
 
 FROM_HIDDEN_STATES, FROM_PROJECTIONS = "from hidden states", "from projections"
 """Where the operator starts: with the projection, or, where that is no plain matrix, behind it."""
@@ -48,7 +44,7 @@ def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
     if not compat.is_fusable_forward(type(attention).forward):
         logger.info_once("fused_kproj: off for %s, whose forward is another.", name)
         return None
-    problem = compat.attention_problem(attention, impl.head_size)
+    problem = compat.attention_problem(attention, impl.head_size) or _offloaded(attention)
     if problem:
         logger.info_once("fused_kproj: off for %s: %s.", name, problem)
         return None
@@ -76,6 +72,17 @@ def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
     patches.split_graphs_at_fused_attention(vllm_config.compilation_config)
     patches.fuse_forward(_class_of_forward(attention), fused_forward)
     return FusedQKV(attention, heads, linear.input_size, largest)
+
+
+def _offloaded(attention: torch.nn.Module) -> str | None:
+    """Which weight of the kernels is not where they run, or None: vLLM offloads weights to the
+    CPU and has them back, elsewhere, for the module's own forward only."""
+    device = attention.rotary_emb.cos_sin_cache.device
+    for module in (attention.qkv_proj, *(compat.head_norms(attention) or ())):
+        for name, weight in module.named_parameters():
+            if weight.device != device:
+                return f"the {name} of its {type(module).__name__} is offloaded to {weight.device}"
+    return None
 
 
 def _class_of_forward(module: torch.nn.Module) -> type:
@@ -108,7 +115,7 @@ def fused_attention(
 ) -> None:
     """Writes the attention of hidden states, or of their projections, to `output` `[num_tokens,
     num_heads * head_size]`, and the new keys and values to the cache first."""
-    layer, kv_cache, slot_mapping = compat.cache_and_slots(_resolve_layer_name(layer_name))
+    layer, kv_cache, slot_mapping = compat.cache_and_slots(layer_name)
     impl = layer.impl
     fused, heads, num_tokens = impl.fused_qkv, impl.fused_qkv.heads, x.shape[0]
     planes = impl.planes(kv_cache) if slot_mapping is not None else None

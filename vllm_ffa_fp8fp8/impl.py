@@ -69,6 +69,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         planes = getattr(kv_cache, "ffa_planes", None)
         if planes is None:
             planes = kv_cache.ffa_planes = self.layout.split(kv_cache)
+            self.ops.prepare(planes)
         return planes
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

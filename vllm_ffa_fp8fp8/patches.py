@@ -13,7 +13,8 @@ from vllm_ffa_fp8fp8.plugin import BACKEND_NAME, FUSED_ATTENTION_OP, register_ba
 
 
 def apply() -> None:
-    """Applies every patch; called in each process that loads general plugins."""
+    """Applies the patches that choose and check the backend; called in each process that loads
+    general plugins. The others wait for a layer that has our backend."""
     make_backend_picklable()
     _once_loaded("vllm.engine.arg_utils", choose_and_check_backend)
     offer_backend_on_cpu()
@@ -233,7 +234,7 @@ def _check_and_freeze_options(vllm_config) -> None:
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
+    from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig, misplaced_options
     from vllm_ffa_fp8fp8.environment import fp8_available
     from vllm_ffa_fp8fp8.refusals import (
         check_batch_invariance,
@@ -252,7 +253,15 @@ def _check_and_freeze_options(vllm_config) -> None:
     given = vllm_config.additional_config
     if isinstance(given, dict):
         vllm_config.additional_config = {**given, ADDITIONAL_CONFIG_KEY: options.to_dict()}
-    init_logger(f"vllm.{__name__}").info(
+    logger = init_logger(f"vllm.{__name__}")
+    if misplaced := misplaced_options(given):
+        logger.warning_once(
+            "%s does not read %s of additional_config: its options belong under %r.",
+            BACKEND_NAME,
+            ", ".join(map(repr, misplaced)),
+            ADDITIONAL_CONFIG_KEY,
+        )
+    logger.info(
         "%s options: %s",
         BACKEND_NAME,
         ", ".join(f"{name}={value}" for name, value in vars(options).items()),

@@ -82,6 +82,13 @@ def refusal_reasons(
                 "bfloat16 or float16, also where auto stands for what the checkpoint says",
             )
         )
+    elif kv_cache_dtype in DTYPES and name in DTYPES and kv_cache_dtype != name:
+        reasons.append(
+            _text(
+                f"kv_cache_dtype {kv_cache_dtype} of a {name} model",
+                f"leave --kv-cache-dtype at auto, or set --dtype to {kv_cache_dtype}",
+            )
+        )
     if block_size is not None and block_size % PAGE_SIZE_BASE:
         reasons.append(
             _text(f"block_size {block_size}", f"set --block-size to a multiple of {PAGE_SIZE_BASE}")
@@ -125,14 +132,32 @@ def check_engine(vllm_config: Any) -> None:
     if vllm_config.parallel_config.use_ubatching:
         refuse("microbatches (dual-batch overlap)", f"drop --enable-dbo, or {OTHER_BACKEND}")
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method == "draft_model":
-        backend = speculative.attention_backend
-        if backend is None or backend.name == BACKEND_NAME:
-            refuse(
-                "drafts of a separate model (method draft_model)",
-                'give that model another backend, "attention_backend": "FLASH_ATTN" in '
-                "--speculative-config, or draft with ngram, eagle or mtp",
-            )
+    if speculative is None or not _drafts_are_ours(vllm_config):
+        return
+    # Both give prefills lengths on the host that lie below those on the device.
+    if speculative.method == "draft_model":
+        refuse(
+            "drafts of a separate model (method draft_model)",
+            "draft with ngram, eagle or mtp, or give that model another backend: "
+            '"attention_backend": "FLASH_ATTN" in --speculative-config, with '
+            "VLLM_USE_V2_MODEL_RUNNER=0, since vLLM's V2 model runner ignores it",
+        )
+    if speculative.parallel_drafting and speculative.method not in ("dflash", "dspark"):
+        refuse(
+            "parallel drafting (P-EAGLE)",
+            'drop "parallel_drafting" from --speculative-config, or give the drafts another '
+            '"attention_backend" there',
+        )
+
+
+def _drafts_are_ours(vllm_config: Any) -> bool:
+    """Whether a model that drafts, of method draft_model or with parallel drafting, gets our
+    backend: vLLM selects one for it where none is given, but V2 gives draft_model the target's."""
+    attention, speculative = vllm_config.attention_config, vllm_config.speculative_config
+    backends = [speculative.attention_backend, *attention.backend_per_kind.values()]
+    if speculative.method == "draft_model" and vllm_config.use_v2_model_runner:
+        backends.append(attention.backend)
+    return any(getattr(backend, "name", None) == BACKEND_NAME for backend in backends)
 
 
 def check_batch_invariance(has_drafts: bool) -> None:

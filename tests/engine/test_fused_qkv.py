@@ -20,7 +20,7 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3Attention
 from vllm.platforms import current_platform
 
-from vllm_ffa_fp8fp8 import compat
+from vllm_ffa_fp8fp8 import compat, fused_qkv
 from vllm_ffa_fp8fp8.fused_qkv import FROM_HIDDEN_STATES, FROM_PROJECTIONS
 from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata, PrefillBatch
@@ -190,6 +190,20 @@ def test_other_forwards_stay(distributed):
     assert make_attention(Qwen3Attention, vllm_config).fused_path == FROM_HIDDEN_STATES
 
 
+@pytest.mark.parametrize("part", ["qkv_proj", "q_norm", "k_norm"])
+def test_modules_with_offloaded_weights_stay(distributed, monkeypatch, part):
+    """A weight that is elsewhere than the rotation once it is loaded."""
+    vllm_config = make_config()
+    attention = make_attention(Qwen3Attention, vllm_config)
+    module, messages = getattr(attention, part), []
+    module.weight = torch.nn.Parameter(torch.empty(HEAD_SIZE, device="meta"), requires_grad=False)
+    monkeypatch.setattr(fused_qkv.logger, "info_once", lambda *given: messages.append(given))
+    assert fused_qkv.fuse(attention.attn.impl, attention, vllm_config) is None
+    assert attention.fused_path is None
+    ((text, *arguments),) = messages
+    assert f"weight of its {type(module).__name__} is offloaded to meta" in text % tuple(arguments)
+
+
 def test_problems_of_projections(distributed):
     vllm_config = make_config()
     linear = make_attention(LlamaAttention, vllm_config).qkv_proj
@@ -241,13 +255,16 @@ def test_forwards_that_others_replaced_stay(distributed, monkeypatch):
     assert compat.is_fusable_forward(Qwen3Attention.forward)
 
 
-def test_planes_live_as_long_as_the_cache(distributed):
-    """The model can outlive the engine that used it, which frees the cache."""
+def test_planes_live_as_long_as_the_cache(distributed, monkeypatch):
+    """The model can outlive the engine that used it, which frees the cache. Kernels are compiled
+    when it is bound."""
     attention = make_attention(LlamaAttention, make_config())
-    impl = attention.attn.impl
+    impl, prepared = attention.attn.impl, []
+    monkeypatch.setattr(impl.ops, "prepare", lambda planes: prepared.append(id(planes)))
     cache = torch.zeros(2, KV_HEADS, PAGE_SIZE, impl.layout.bytes_per_token, dtype=torch.uint8)
     planes = impl.planes(cache)
     assert impl.planes(cache) is planes
+    assert prepared == [id(planes)]
     storage = weakref.ref(cache.untyped_storage())
     planes = weakref.ref(planes.key)
     del cache

@@ -12,7 +12,8 @@ import torch
 from cases import Case, make_batch, poisoned_scratch
 from qkv_cases import QKVCase
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource, compile, make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
 from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch
@@ -44,6 +45,9 @@ class Recorder:
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+    def warmup(self, *args, grid, **kwargs):
+        self[grid](*map(MockTensor.wrap_dtype, args), **kwargs)
 
 
 def compile_launch(kernel, args, kwargs, capability: int):
@@ -151,6 +155,34 @@ def cases(capability: int) -> list[Case]:
     ]
 
 
+def check_compiled_early(case: Case, capability: int) -> None:
+    """What `compile_gather` compiles is what `gather_kv` launches, wherever a step's prefills
+    begin in the block table; batches share one compilation of the cache write."""
+    gather, write = (
+        importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}")
+        for name in ("kv_gather", "kv_write")
+    )
+    kernels, launches = (gather._kv_gather_kernel, write._kv_write_kernel), []
+    gather._kv_gather_kernel, write._kv_write_kernel = (Recorder(k, launches) for k in kernels)
+    batch = make_batch(case)
+    planes = case.layout.split(batch.storage[1])
+    for pages in (3, 4):
+        block_table = torch.zeros(3, pages, dtype=torch.int32)
+        for first in (0, 1):
+            cu_seqlens = torch.zeros(4 - first, dtype=torch.int32)
+            key = torch.empty_like(batch.key[pages:])
+            gather.gather_kv(planes, block_table[first:], cu_seqlens, 1, key, key)
+    gather.compile_gather(planes, case.dtype)
+    for num_tokens in (1, 7, 16):
+        write.write_kv(batch.key, batch.value, planes, torch.arange(num_tokens))
+    gather._kv_gather_kernel, write._kv_write_kernel = kernels
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    for kernel in kernels:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found = {str(bind(*args, **kwargs)[1:]) for k, args, kwargs in launches if k is kernel}
+        assert len(found) == 1, (kernel.__name__, case, found)
+
+
 def check_wait(name: str, ptx: str) -> None:
     """Nothing is written before the wait for the kernel ahead, and but for what decode finds its
     work with, nothing read; the next kernel may start only after it."""
@@ -164,6 +196,7 @@ def check_wait(name: str, ptx: str) -> None:
 
 def main(capability: int) -> None:
     for number, case in enumerate(cases(capability)):
+        check_compiled_early(case, capability)
         for kernel, args, kwargs in record(case, capability, every_way=number == 0):
             compiled = compile_launch(kernel, args, kwargs, capability)
             shared = compiled.metadata.shared

@@ -6,7 +6,7 @@ from cases import POISON, empty_cache, own_layer
 from qkv_cases import NUM_PAGES, SHAPES, QKVCase, check_cache, check_rotation
 
 from vllm_ffa_fp8fp8.kernels.projection_reference import rope_and_write_reference
-from vllm_ffa_fp8fp8.kernels.projection_tuning import RopeWriteTuning
+from vllm_ffa_fp8fp8.kernels.projection_tuning import RopeWriteTuning, rope_write_tuning
 from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
 
 ERROR = 2e-6  # of float32 arithmetic
@@ -53,6 +53,31 @@ def test_any_cut_gives_the_same(device, tokens, heads):
     _, expected, expected_storage = run(case, device, in_place=False)
     _, output, storage = run(case, device, False, RopeWriteTuning(tokens, heads))
     assert torch.equal(output, expected) and torch.equal(storage, expected_storage)
+
+
+def test_the_cut_is_one_under_batch_invariance():
+    batches = (1, 2, 64, 65, 1000, 100_000)
+    assert len({rope_write_tuning(n, batch_invariant=True) for n in batches}) == 1
+    assert len({rope_write_tuning(n) for n in batches}) > 1
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_batch_invariant_norms(device, head_size):
+    """Rows alone and in a batch that is cut otherwise without it: bit for bit."""
+    case = QKVCase(num_tokens=70, norm=True, group=2, num_kv_heads=1, head_size=head_size)
+    qkv = case.normal(case.num_tokens, case.width).to(device, case.dtype)
+    heads, positions = case.heads(device), case.positions().to(device)
+
+    def rotate(rows: slice) -> torch.Tensor:
+        rotated = torch.empty_like(qkv[rows])
+        tuning = rope_write_tuning(len(rotated), batch_invariant=True)
+        rope_and_write(qkv[rows], positions[rows], heads, None, None, rotated, tuning)
+        return rotated[:, : heads.query_size + heads.key_value_size]
+
+    together = rotate(slice(None))
+    for first, count in ((0, 1), (3, 1), (64, 6), (69, 1)):
+        alone = slice(first, first + count)
+        assert torch.equal(rotate(alone), together[alone])
 
 
 def test_many_tokens(device):

@@ -11,7 +11,7 @@ from vllm_ffa_fp8fp8.bench.cells import Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
 from vllm_ffa_fp8fp8.bench.inputs import Inputs
 from vllm_ffa_fp8fp8.bench.timing import time_graph
-from vllm_ffa_fp8fp8.kernels.decode_plan import item_blocks, load_item
+from vllm_ffa_fp8fp8.kernels.decode_plan import load_item
 from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.paged_rows import load_places, tile_pointers
 
@@ -39,21 +39,19 @@ def _base_read_kernel(
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     request, index, num_items, seq_len = load_item(work_ptr, item)
-    if request < 0:
-        return
+    num_items = tl.maximum(num_items, 1)
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     tokens = tl.arange(0, TILE)
     columns = tl.arange(0, ROW_WORDS_PADDED)
     sums = tl.zeros([TILE, ROW_WORDS_PADDED], tl.int32)
-    num_blocks = item_blocks(index, num_items, seq_len, BLOCK_SIZE)
+    num_blocks = tl.where(request < 0, 0, (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE)
     row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
     key_ptr += kv_head.to(tl.int64) * key_stride_head
-    for begin in range(0, num_blocks, CHUNK_BLOCKS):
+    for chunk in range(index, num_blocks, CHUNK_BLOCKS * num_items):
         places = load_places(
-            row_ptr, index + begin * num_items, num_items, seq_len,
-            BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE, CHUNK_BLOCKS,
-        )  # fmt: skip
-        count = tl.minimum(num_blocks - begin, CHUNK_BLOCKS)
+            row_ptr, chunk, num_items, seq_len, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE, CHUNK_BLOCKS
+        )
+        count = tl.minimum((num_blocks - chunk + num_items - 1) // num_items, CHUNK_BLOCKS)
         for first in tl.range(0, count, TILE_BLOCKS, num_stages=STAGES):
             rows = tile_pointers(
                 key_ptr,

@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_ffa_fp8fp8.demo_engine import backend_names
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
 from vllm_ffa_fp8fp8.stats import WorkerExtension
 
@@ -26,6 +27,4 @@ class BenchWorkerExtension(WorkerExtension):
         return len(builders)
 
     def ffa_backend_names(self) -> str:
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        attention = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
-        return ", ".join(sorted({layer.get_attn_backend().get_name() for layer in attention}))
+        return backend_names(self)
