@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         device = gpu.name if on_gpu else "CPU"
         model = options.model + (f"-l{options.layers}" if options.layers else "")
         path = options.folder / file_name("serving", device, model)
-        make_folder(path.parent)
+        make_folder(options.folder)
         results = Results(path, versions(device), options.fresh)
     except ValueError as error:
         print(error)

@@ -184,3 +184,10 @@ def cache_and_slots(layer_name: Any) -> tuple[Any, Any, Any]:
     name = _resolve_layer_name(layer_name)
     _, layer, kv_cache, slot_mapping = attention.get_attention_context(name)
     return layer, kv_cache, slot_mapping
+
+
+def backend_names(worker: Any) -> str:
+    """The names of the attention backends of a worker's layers."""
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    attention = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
+    return ", ".join(sorted({layer.get_attn_backend().get_name() for layer in attention}))

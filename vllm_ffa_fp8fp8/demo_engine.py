@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+from vllm_ffa_fp8fp8.compat import backend_names
+
 
 def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     tell("importing vLLM")
@@ -36,12 +38,6 @@ def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     if records_skips:
         result |= summed_skip_stats(llm.collective_rpc("ffa_skip_stats"))
     return result
-
-
-def backend_names(worker: Any) -> str:
-    layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    attention = [layer for layer in layers if hasattr(layer, "get_attn_backend")]
-    return ", ".join(sorted({layer.get_attn_backend().get_name() for layer in attention}))
 
 
 def dense_bytes_per_token(llm: Any) -> int:

@@ -35,27 +35,28 @@ def inputs():
     return make_inputs(SHAPE, 0.5, seed=0, device="cpu")
 
 
+def kept_blocks(inputs) -> list[torch.Tensor]:
+    """Of each request `[num_kv_heads, blocks]`: what the reference keeps."""
+    _, blocks = decode_attention_reference(
+        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens, block_size=64,
+        scale=inputs.query.shape[-1] ** -0.5, delta=torch.tensor([decoder_module.DELTA]),
+    )  # fmt: skip
+    return blocks
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_planted_blocks_are_kept(kept, head_size):
     shape = Shape(Geometry(8, 2, head_size, 64), 3, 900)
     inputs = make_inputs(shape, kept, seed=1, device="cpu")
-    _, blocks = decode_attention_reference(
-        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens,
-        block_size=64, scale=head_size**-0.5, delta=torch.tensor([decoder_module.DELTA]),
-    )  # fmt: skip
-    for flags in blocks:
+    for flags in kept_blocks(inputs):
         assert flags.sum(1).tolist() == [shape.kept_blocks(kept)] * 2
 
 
 def test_newest_blocks_are_kept():
     shape = Shape(Geometry(8, 2, 64, 64), 2, 1000)
     inputs = make_inputs(shape, 0.3, seed=1, device="cpu", hot=NEWEST)
-    _, blocks = decode_attention_reference(
-        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens,
-        block_size=64, scale=64**-0.5, delta=torch.tensor([decoder_module.DELTA]),
-    )  # fmt: skip
-    for flags in blocks:
+    for flags in kept_blocks(inputs):
         for head in flags:
             assert head.nonzero().flatten().tolist() == [0, 12, 13, 14, 15]
 
@@ -63,11 +64,7 @@ def test_newest_blocks_are_kept():
 def test_half_of_the_heads_keep_twice_as_many():
     shape = Shape(Geometry(8, 4, 64, 64), 2, 1000)
     inputs = make_inputs(shape, 0.25, seed=1, device="cpu", hot=UNEVEN)
-    _, blocks = decode_attention_reference(
-        inputs.query, write_reference(inputs), inputs.block_table, inputs.seq_lens,
-        block_size=64, scale=64**-0.5, delta=torch.tensor([decoder_module.DELTA]),
-    )  # fmt: skip
-    counts = [sorted(flags.sum(1).tolist()) for flags in blocks]
+    counts = [sorted(flags.sum(1).tolist()) for flags in kept_blocks(inputs)]
     assert counts == [[2, 2, 8, 8]] * 2 and inputs.num_kept == 40
 
 

@@ -15,6 +15,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     over,
 )
 from vllm_ffa_fp8fp8.bench.report import NAMES
+from vllm_ffa_fp8fp8.bench.store import make_folder
 
 FORMATS = ("png", "svg")
 HEIGHT, LINE_HEIGHT, TITLE_HEIGHT = 4, 0.18, 0.3
@@ -28,7 +29,7 @@ def plot_figures(figures: Figures, stem: Path, gpu: str) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent)
     figures = {cell: figure for cell, figure in figures.items() if not cell.is_variant}
     written = []
     for name, draw in (("time", draw_times), ("ratio", draw_ratios), ("floor", draw_floor)):

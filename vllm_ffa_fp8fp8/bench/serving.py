@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_ffa_fp8fp8.bench.report import CACHED, ratio, table
-from vllm_ffa_fp8fp8.bench.store import entry, fingerprint, read_object
+from vllm_ffa_fp8fp8.bench.store import entry, fingerprint, make_folder, read_object
 from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
 
 EXTENSION = "vllm_ffa_fp8fp8.bench.serving_worker.BenchWorkerExtension"
@@ -170,7 +170,7 @@ class Results:
             self._records = [old for old in self._records if not key.items() <= old.items()]
             self._records.append(record)
             self._new.append(record)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         lines = ",\n".join(map(json.dumps, self._records))
         environment = json.dumps(self.environment)
         self.path.write_text(f'{{"environment": {environment},\n"records": [\n{lines}\n]}}\n')

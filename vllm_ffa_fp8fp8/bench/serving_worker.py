@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_ffa_fp8fp8.demo_engine import backend_names
+from vllm_ffa_fp8fp8.compat import backend_names
 from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
 from vllm_ffa_fp8fp8.stats import WorkerExtension
 

@@ -23,6 +23,8 @@ from vllm_ffa_fp8fp8.bench.cells import (
 OUR_FILES = ("inputs.py", "timing.py", "decoder.py", "base_read.py")
 PEER_FILES = ("inputs.py", "timing.py", "peers.py")
 NUMBER = (int, float)
+OLDER_RECORD = {"hot": SPREAD, "ahead": NOTHING}
+"""What records from before cells had these fields were measured with."""
 OTHER_KINDS = {"records": "bench-serving", "prefill": "bench-kproj"}
 """Where other benchmarks keep their figures in a file, by which it is told."""
 
@@ -48,7 +50,7 @@ def code_fingerprint(series: str) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder before anything is measured for it. Raises ValueError."""
+    """Makes the folder where there is none. Raises ValueError where that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,7 +88,7 @@ class Store:
         self._of(cell.shape.geometry)[cell] = figure
 
     def save(self, geometry: Geometry) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         figures = sorted(self._of(geometry).items())
         lines = ",\n".join(json.dumps(as_record(cell, figure)) for cell, figure in figures)
         self.path(geometry).write_text(
@@ -172,8 +174,7 @@ def parse_record(record: dict, geometry: Geometry) -> tuple[Cell, Figure]:
         entry(record, "value_dtype", str),
         entry(record, "kept", NUMBER),
         entry(record, "tuning", str),
-        entry(record, "hot", str) if "hot" in record else SPREAD,
-        entry(record, "ahead", str) if "ahead" in record else NOTHING,
+        *(entry(OLDER_RECORD | record, name, str) for name in OLDER_RECORD),
     )
     numbers = (entry(record, name, NUMBER) for name in ("us", "floor_us", "measured_kept", "error"))
     return cell, Figure(*numbers, entry(record, "code", str), cached=True)
