@@ -1,14 +1,14 @@
 """Triton kernels of FFA_FP8FP8 and their PyTorch oracles (`reference`). No vLLM in here."""
 
-from .decode_attention import decode_attention
-from .decode_dense import attn_forward_decode_fp8fp8
-from .decode_plan import DecodeLimits, DecodePlan, DecodeScratch
-from .kv_gather import gather_kv
-from .kv_write import write_kv
-from .page_layout import KVPlanes, PageLayout
-from .project_write import ProjectionScratch, project_rope_and_write
-from .qkv_heads import QKVHeads
-from .rope_write import rope_and_write
+from .cache.kv_gather import gather_kv
+from .cache.kv_write import write_kv
+from .cache.page_layout import KVPlanes, PageLayout
+from .decode.attention import decode_attention
+from .decode.dense import attn_forward_decode_fp8fp8
+from .decode.plan import DecodeLimits, DecodePlan, DecodeScratch
+from .projection.project_write import ProjectionScratch, project_rope_and_write
+from .projection.qkv_heads import QKVHeads
+from .projection.rope_write import rope_and_write
 
 __all__ = [
     "DecodeLimits",

@@ -11,13 +11,13 @@ import sys
 
 import torch
 
-from .page_layout import PageLayout
-from .project_write import ProjectionScratch, project_rope_and_write
-from .projection_reference import rotate_reference
-from .projection_tuning import projection_tuning_on
-from .qkv_heads import QKVHeads
+from .cache.page_layout import PageLayout
+from .projection.project_write import ProjectionScratch, project_rope_and_write
+from .projection.qkv_heads import QKVHeads
+from .projection.reference import rotate_reference
+from .projection.rope_write import rope_and_write
+from .projection.tuning import projection_tuning_on
 from .reference import gather_kv_reference
-from .rope_write import rope_and_write
 from .runtime import INTERPRETED
 
 PAGE_SIZE, NUM_TOKENS = 16, 5

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .page_layout import RESIDUAL_SCALE, KVPlanes
+from .cache.page_layout import RESIDUAL_SCALE, KVPlanes
 
 
 def _widen(key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

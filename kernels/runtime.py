@@ -12,6 +12,9 @@ TRITON_DTYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
 }
 
+HOPPER_SHARED_MEMORY = 232_448
+"""Bytes that a program can have on compute capability 9.0."""
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True under TRITON_INTERPRET=1, where the kernels run on the CPU."""
 

@@ -1,9 +1,7 @@
 """The entry points by which vLLM loads this plugin. They load nothing that vLLM has not loaded:
 every vLLM process on a machine with the plugin runs them, whether the backend is chosen or not."""
 
-BACKEND_NAME = "FFA_FP8FP8"
-BACKEND_PATH = "vllm_ffa_fp8fp8.backend.FFAFP8FP8Backend"
-FUSED_ATTENTION_OP = "vllm_ffa::fused_attention"
+from vllm_ffa_fp8fp8.registry import register_backend
 
 
 def register_early() -> None:
@@ -12,7 +10,7 @@ def register_early() -> None:
     General plugins load too late for `LLM(attention_config={"backend": "FFA_FP8FP8"})`. Returns
     None: this is no platform.
     """
-    from vllm_ffa_fp8fp8 import compat, patches
+    from vllm_ffa_fp8fp8.integration import compat, patches
 
     if not compat.unsupported_vllm():
         register_backend()
@@ -23,7 +21,7 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: everything that vLLM needs to offer the backend."""
     from vllm.logger import init_logger
 
-    from vllm_ffa_fp8fp8 import compat, patches
+    from vllm_ffa_fp8fp8.integration import compat, patches
 
     logger = init_logger(f"vllm.{__name__}")
     if problem := compat.unsupported_vllm():
@@ -34,12 +32,3 @@ def register() -> None:
         patches.apply()
     except Exception:  # whatever it is, vLLM without FFA_FP8FP8 is to go on
         logger.warning("The attention backend FFA_FP8FP8 is not available.", exc_info=True)
-
-
-def register_backend():
-    """Adds FFA_FP8FP8 to vLLM's registry, unless it is there, and returns its member."""
-    from vllm.v1.attention.backends import registry
-
-    if BACKEND_NAME not in registry.AttentionBackendEnum.__members__:
-        registry.register_backend(BACKEND_NAME, BACKEND_PATH)
-    return registry.AttentionBackendEnum[BACKEND_NAME]

@@ -4,7 +4,7 @@ from typing import Any
 
 from processes import Run
 
-from vllm_ffa_fp8fp8.demo_prompts import Question
+from vllm_ffa_fp8fp8.commands.demo_prompts import Question
 
 NEAR_TIE = 0.05  # between the best logits
 NOISE = 0.15  # of the best token's logprob

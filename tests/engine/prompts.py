@@ -5,7 +5,7 @@ import functools
 from processes import MODEL
 from tokenizers import Tokenizer
 
-from vllm_ffa_fp8fp8.demo_prompts import Question, make_questions, source_lines
+from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions, source_lines
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def record_decode_query_lens() -> list[int]:
     """A list that grows by the query length of every step with decodes; empty for other backends,
     and where the worker is another process."""
-    metadata = sys.modules.get("vllm_ffa_fp8fp8.metadata")
+    metadata = sys.modules.get("vllm_ffa_fp8fp8.attention.metadata")
     query_lens: list[int] = []
     if metadata is None:
         return query_lens

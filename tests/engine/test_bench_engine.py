@@ -6,7 +6,7 @@ from vllm.platforms import current_platform
 from vllm_ffa_fp8fp8.bench.model_shapes import write_model
 from vllm_ffa_fp8fp8.bench.serving import Settings, engine_job, parse_variant
 from vllm_ffa_fp8fp8.bench.serving_engine import time_rows
-from vllm_ffa_fp8fp8.engine_process import run_engine
+from vllm_ffa_fp8fp8.commands.engine_process import run_engine
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 

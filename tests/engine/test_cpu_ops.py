@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_ffa_fp8fp8.cpu_ops import prefill_attention
+from vllm_ffa_fp8fp8.attention.cpu_ops import prefill_attention
 from vllm_ffa_fp8fp8.kernels.reference import prefill_attention_reference
 
 SHAPES = [  # query_len, context_len, num_heads, num_kv_heads, head_size

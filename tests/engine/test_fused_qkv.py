@@ -20,11 +20,12 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3Attention
 from vllm.platforms import current_platform
 
-from vllm_ffa_fp8fp8 import compat, fused_qkv
-from vllm_ffa_fp8fp8.fused_qkv import FROM_HIDDEN_STATES, FROM_PROJECTIONS
+from vllm_ffa_fp8fp8.attention import fused_qkv
+from vllm_ffa_fp8fp8.attention.fused_qkv import FROM_HIDDEN_STATES, FROM_PROJECTIONS
+from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
+from vllm_ffa_fp8fp8.integration import compat
 from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
-from vllm_ffa_fp8fp8.metadata import FFAFP8FP8Metadata, PrefillBatch
-from vllm_ffa_fp8fp8.plugin import FUSED_ATTENTION_OP
+from vllm_ffa_fp8fp8.registry import FUSED_ATTENTION_OP
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 

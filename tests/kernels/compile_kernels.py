@@ -16,17 +16,17 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan
-from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch
-from vllm_ffa_fp8fp8.kernels.projection_tuning import MAX_PROJECTED_TOKENS, projection_tuning
+from vllm_ffa_fp8fp8.kernels.projection.project_write import ProjectionScratch
+from vllm_ffa_fp8fp8.kernels.projection.tuning import MAX_PROJECTED_TOKENS, projection_tuning
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
 KERNELS = {
-    "decode_plan": ["_decode_plan_kernel"],
-    "decode_attention": ["decode_threshold_kernel", "decode_kernel"],
-    "kv_write": ["_kv_write_kernel"],
-    "kv_gather": ["_kv_gather_kernel"],
-    "rope_write": ["_rope_write_kernel"],
-    "project_write": ["_project_write_kernel"],
+    "decode.plan": ["_decode_plan_kernel"],
+    "decode.attention": ["decode_threshold_kernel", "decode_kernel"],
+    "cache.kv_write": ["_kv_write_kernel"],
+    "cache.kv_gather": ["_kv_gather_kernel"],
+    "projection.rope_write": ["_rope_write_kernel"],
+    "projection.project_write": ["_project_write_kernel"],
 }
 TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
@@ -100,18 +100,18 @@ def record(case: Case, capability: int, every_way: bool) -> list:
         )  # fmt: skip
         query = batch.query()[: num_reqs * case.query_len]
         plan = DecodePlan.allocate(limits, torch.device("cpu"))
-        modules["decode_attention"].decode_attention(
+        modules["decode.attention"].decode_attention(
             query, planes, batch.block_table[:num_reqs], batch.seq_lens[:num_reqs],
             plan.update(batch.seq_lens[:num_reqs]), poisoned_scratch(limits, "cpu"),
             torch.empty_like(query), scale=case.scale, delta=delta,
             precomputed_threshold=precomputed, launch_pdl=True,
         )  # fmt: skip
     slots = torch.arange(batch.key.shape[0])
-    modules["kv_write"].write_kv(batch.key, batch.value, planes, slots)
+    modules["cache.kv_write"].write_kv(batch.key, batch.value, planes, slots)
     lengths = batch.seq_lens.cumsum(0, dtype=torch.int32)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
     key, value = torch.empty_like(batch.key), torch.empty_like(batch.key)
-    modules["kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
+    modules["cache.kv_gather"].gather_kv(planes, batch.block_table, cu_seqlens, 512, key, value)
     if every_way or (capability == 90 and case.page_size % case.block_size):
         record_projections(case, planes, modules, SHARED_MEMORY[capability])
     for (name, kernel), original in originals.items():
@@ -128,13 +128,13 @@ def record_projections(case: Case, planes, modules, shared_memory: int) -> None:
         qkv = torch.zeros(num_tokens, qkv_case.width, dtype=case.dtype)
         positions, slots = torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)
         for rotated in (qkv, torch.empty_like(qkv)):
-            modules["rope_write"].rope_and_write(qkv, positions, heads, planes, slots, rotated)
+            modules["projection.rope_write"].rope_and_write(qkv, positions, heads, planes, slots, rotated)
         hidden = torch.zeros(num_tokens, qkv_case.hidden_size, dtype=case.dtype)
         weight = torch.zeros(qkv_case.width, qkv_case.hidden_size, dtype=case.dtype)
         tuning = projection_tuning(
             heads.num_all_heads, qkv_case.hidden_size, shared_memory=shared_memory
         )
-        modules["project_write"].project_rope_and_write(
+        modules["projection.project_write"].project_rope_and_write(
             hidden, weight, qkv[0] if norm else None, positions, heads, planes, slots, qkv,
             ProjectionScratch.allocate(num_tokens, heads, tuning), tuning,
         )  # fmt: skip
@@ -160,7 +160,7 @@ def check_compiled_early(case: Case, capability: int) -> None:
     begin in the block table; batches share one compilation of the cache write."""
     gather, write = (
         importlib.import_module(f"vllm_ffa_fp8fp8.kernels.{name}")
-        for name in ("kv_gather", "kv_write")
+        for name in ("cache.kv_gather", "cache.kv_write")
     )
     kernels, launches = (gather._kv_gather_kernel, write._kv_write_kernel), []
     gather._kv_gather_kernel, write._kv_write_kernel = (Recorder(k, launches) for k in kernels)

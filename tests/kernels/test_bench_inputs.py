@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from vllm_ffa_fp8fp8 import bench_decode, bench_kproj
 from vllm_ffa_fp8fp8.bench import base_read, peers, sweep
 from vllm_ffa_fp8fp8.bench import decoder as decoder_module
 from vllm_ffa_fp8fp8.bench.cells import (
@@ -22,9 +21,10 @@ from vllm_ffa_fp8fp8.bench.cells import (
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder, relative_error
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.store import Store
-from vllm_ffa_fp8fp8.kernels.projection_tuning import ProjectionTuning, RopeWriteTuning
+from vllm_ffa_fp8fp8.commands import bench_decode, bench_kproj
+from vllm_ffa_fp8fp8.kernels.decode.tuning import DecodeTuning
+from vllm_ffa_fp8fp8.kernels.projection.tuning import ProjectionTuning, RopeWriteTuning
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
-from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
 
 SHAPE = Shape(Geometry(8, 2, 64, 64), 2, 500)
 FEW_ITEMS = {"programs_per_processor": 1, "waves": 1}
@@ -83,7 +83,7 @@ def test_work_items_share_the_newest_blocks():
 
 
 def write_reference(inputs):
-    from vllm_ffa_fp8fp8.kernels.page_layout import PageLayout
+    from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
     from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
 
     num_pages, page_size, num_kv_heads, head_size = inputs.key.shape

@@ -11,9 +11,9 @@ from vllm_ffa_fp8fp8.bench.cells import Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
 from vllm_ffa_fp8fp8.bench.inputs import Inputs
 from vllm_ffa_fp8fp8.bench.timing import time_graph
-from vllm_ffa_fp8fp8.kernels.decode_plan import load_item
-from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
-from vllm_ffa_fp8fp8.kernels.paged_rows import load_places, tile_pointers
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.cache.paged_rows import load_places, tile_pointers
+from vllm_ffa_fp8fp8.kernels.decode.plan import load_item
 
 CHUNK_BLOCKS = 128
 

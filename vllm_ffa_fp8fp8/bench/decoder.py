@@ -8,10 +8,10 @@ import torch
 from vllm_ffa_fp8fp8.bench.cells import Shape
 from vllm_ffa_fp8fp8.bench.inputs import DELTA, Inputs
 from vllm_ffa_fp8fp8.bench.timing import time_graph
-from vllm_ffa_fp8fp8.kernels.decode_attention import decode_attention
-from vllm_ffa_fp8fp8.kernels.decode_plan import DecodeLimits, DecodePlan, DecodeScratch
-from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
-from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.decode.attention import decode_attention
+from vllm_ffa_fp8fp8.kernels.decode.plan import DecodeLimits, DecodePlan, DecodeScratch
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 
 TOLERANCE = 1e-2
@@ -129,8 +129,8 @@ def compiled_kernels() -> list[str]:
     from vllm_ffa_fp8fp8 import kernels
 
     modules = [
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(kernels.__path__)
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
     ]
     functions = {f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)}
     return [

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 
 from vllm_ffa_fp8fp8.bench.cells import NEWEST, SPREAD, UNEVEN, Shape
-from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
-from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes, PageLayout
+from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
 
 L2_BYTES = 160e6  # the bases of all sets exceed the L2 cache, so that no replay finds them there
 MOST_SETS = 48

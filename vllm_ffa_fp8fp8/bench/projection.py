@@ -10,19 +10,22 @@ from vllm_ffa_fp8fp8.bench.inputs import L2_BYTES
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
 from vllm_ffa_fp8fp8.bench.sweep import parse_tuning
 from vllm_ffa_fp8fp8.bench.timing import time_graph
-from vllm_ffa_fp8fp8.kernels.kv_write import write_kv
-from vllm_ffa_fp8fp8.kernels.page_layout import KVPlanes, PageLayout
-from vllm_ffa_fp8fp8.kernels.project_write import ProjectionScratch, project_rope_and_write
-from vllm_ffa_fp8fp8.kernels.projection_reference import rotate_reference
-from vllm_ffa_fp8fp8.kernels.projection_tuning import (
+from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
+from vllm_ffa_fp8fp8.kernels.projection.project_write import (
+    ProjectionScratch,
+    project_rope_and_write,
+)
+from vllm_ffa_fp8fp8.kernels.projection.qkv_heads import QKVHeads
+from vllm_ffa_fp8fp8.kernels.projection.reference import rotate_reference
+from vllm_ffa_fp8fp8.kernels.projection.rope_write import rope_and_write
+from vllm_ffa_fp8fp8.kernels.projection.tuning import (
     ProjectionTuning,
     RopeWriteTuning,
     projection_tuning_on,
     rope_write_tuning,
 )
-from vllm_ffa_fp8fp8.kernels.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
-from vllm_ffa_fp8fp8.kernels.rope_write import rope_and_write
 
 PAGE_SIZE = 64
 HEAD_SIZE = 128

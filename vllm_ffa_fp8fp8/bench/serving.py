@@ -13,6 +13,7 @@ from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
 
 EXTENSION = "vllm_ffa_fp8fp8.bench.serving_worker.BenchWorkerExtension"
 UNCOUNTED = ", not counting"
+OUR_PACKAGES = tuple(f"vllm_ffa_fp8fp8.{room}" for room in ("attention", "integration", "kernels"))
 TIMING_FILES = ("serving.py", "serving_engine.py", "serving_worker.py", "steering.py")
 PREFILL_CHUNK = 16_384
 """Tokens of a step: a few large steps, since prefill is not timed."""
@@ -190,7 +191,7 @@ class Results:
         ours = variant.options is not None
         code = fingerprint("vllm_ffa_fp8fp8.bench", only=TIMING_FILES)
         if ours:
-            code += "-" + fingerprint("vllm_ffa_fp8fp8", "vllm_ffa_fp8fp8.kernels")
+            code += "-" + fingerprint(*OUR_PACKAGES)
         return {
             "variant": variant.name,
             "batch": row[0],

@@ -2,9 +2,9 @@
 
 import torch
 
-from vllm_ffa_fp8fp8.compat import backend_names
-from vllm_ffa_fp8fp8.metadata import FFAFP8FP8MetadataBuilder
-from vllm_ffa_fp8fp8.stats import WorkerExtension
+from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8MetadataBuilder
+from vllm_ffa_fp8fp8.attention.stats import WorkerExtension
+from vllm_ffa_fp8fp8.integration.compat import backend_names
 
 
 class BenchWorkerExtension(WorkerExtension):

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,21 @@ OTHER_KINDS = {"records": "bench-serving", "prefill": "bench-kproj"}
 
 
 def fingerprint(*packages: str, only: tuple[str, ...] = ()) -> str:
-    """Names the source of packages, or of `only` some files of theirs."""
+    """Names the source of packages and of those in them, or of `only` some files of theirs."""
     digest = hashlib.sha256()
     for package in packages:
-        files = (file for file in resources.files(package).iterdir() if file.name.endswith(".py"))
-        for file in sorted(files, key=lambda file: file.name):
+        for file in _sources(resources.files(package)):
             if not only or file.name in only:
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _sources(folder: Traversable) -> Iterator[Traversable]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _sources(entry)
+        elif entry.name.endswith(".py"):
+            yield entry
 
 
 def code_fingerprint(series: str) -> str:

@@ -25,7 +25,7 @@ from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.peers import time_peer
 from vllm_ffa_fp8fp8.bench.store import Store, code_fingerprint
 from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
-from vllm_ffa_fp8fp8.kernels.tuning import DecodeTuning
+from vllm_ffa_fp8fp8.kernels.decode.tuning import DecodeTuning
 
 
 def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""The paged cache: its format, and what writes and gathers it."""

@@ -1,0 +1,1 @@
+"""Pruned decode attention: plan, scan, attend, merge."""

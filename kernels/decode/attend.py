@@ -1,0 +1,180 @@
+"""Decode, step 2: attends to the kept blocks of a chunk."""
+
+import triton
+import triton.language as tl
+
+from ..cache.paged_rows import (
+    load_columns,
+    load_rows,
+    load_tile_exponents,
+    tile_pointers,
+    tile_scales,
+)
+from .query import dot_query
+
+
+@triton.jit
+def first_kept(kept, kept_late):
+    """The first block of the bits of `scan_blocks`, and the bits without it; 0 if there is none."""
+    bits = tl.where(kept == 0, kept_late, kept)
+    power = (bits & -bits).to(tl.float32)
+    block = tl.maximum((power.to(tl.int32, bitcast=True) >> 23 & 255) - 127, 0)
+    late = (kept == 0) & (kept_late != 0)
+    kept_late = tl.where(kept == 0, kept_late & (kept_late - 1), kept_late)
+    return tl.where(late, block + 64, block), kept & (kept - 1), kept_late
+
+
+@triton.jit
+def num_kept(kept, kept_late):
+    """How many blocks the bits of `scan_blocks` keep."""
+    places = tl.arange(0, 32)
+    ones = (kept >> places & 1) + (kept >> places + 32 & 1)
+    ones += (kept_late >> places & 1) + (kept_late >> places + 32 & 1)
+    return tl.sum(ones.to(tl.int32), axis=0)
+
+
+@triton.jit
+def widen(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """`[FIRST, ROWS_PADDED]` with zeros up to 16 columns, the least of the matrix unit."""
+    if ROWS_PADDED < 16:
+        HALVES: tl.constexpr = 16 // ROWS_PADDED
+        halves = tl.arange(0, HALVES)[None, :, None]
+        values = tl.where(halves == 0, values[:, None, :], 0.0)
+        values = tl.reshape(values, (FIRST, 16))
+    return values
+
+
+@triton.jit
+def narrow(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """Takes `widen` back."""
+    if ROWS_PADDED < 16:
+        HALVES: tl.constexpr = 16 // ROWS_PADDED
+        values = tl.sum(tl.reshape(values, (FIRST, HALVES, ROWS_PADDED)), axis=1)
+    return values
+
+
+@triton.jit
+def raise_reference(accumulator, weight_sums, reference, largest):
+    """Moves a running softmax to a reference of at least `largest`, `[ROWS_PADDED]`.
+
+    Weights are `exp2(score - reference)`. The reference is whole, so that moving it rounds nothing.
+    """
+    raised = tl.maximum(reference, tl.ceil(largest))
+    ROWS_PADDED: tl.constexpr = reference.shape[0]
+    factor = tl.exp2(reference - tl.where(raised == float("-inf"), 0.0, raised))
+    accumulator *= widen(factor[None, :], 1, ROWS_PADDED)
+    return accumulator, weight_sums * factor[None, :], raised
+
+
+@triton.jit
+def softmax_update(accumulator, weight_sums, reference, scores, value, value_scales):
+    """Adds a tile to a running softmax; scores are log2 units, -inf where masked.
+
+    `accumulator` `[HEAD_SIZE_PADDED, ROWS_PADDED]` after `widen`, `reference` `[ROWS_PADDED]`,
+    `weight_sums` and `scores` `[TOKENS, ROWS_PADDED]`, `value` `[HEAD_SIZE_PADDED, TOKENS]` to be
+    multiplied by `value_scales` `[TOKENS]`. Sums of weights stay apart by token until the end,
+    because a sum over tokens crosses warps; they are of the weights that V meets, rounded.
+    """
+    weights = tl.exp2(scores - tl.where(reference == float("-inf"), 0.0, reference)[None, :])
+    weights = weights.to(value.dtype).to(tl.float32)
+    weighted = widen(weights * value_scales[:, None], scores.shape[0], scores.shape[1])
+    accumulator = tl.dot(value, weighted.to(value.dtype), accumulator)
+    return accumulator, weight_sums + weights
+
+
+@triton.jit
+def load_scores(
+    scores_ptr, index, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """The scan's scores of a block of the chunk, float32 `[BLOCK_SIZE, ROWS_PADDED]`."""
+    tokens = index * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    rows = tl.arange(0, ROWS_PADDED)
+    return tl.load(
+        scores_ptr + tokens[:, None] * ROWS + rows[None, :],
+        mask=(rows < ROWS)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def attend_blocks(
+    accumulator, weight_sums, reference,
+    query, factor, limits, kept, kept_late, num_blocks,
+    first_block, step, seq_len, places, scores_ptr,
+    key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
+    key_stride_page, residual_stride_page,
+    exponent_stride_page, value_stride_page, value_exponent_stride_page,
+    KEY_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
+    FROM_SCORES: tl.constexpr, RAISE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
+    RESIDUAL_SCALE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds the blocks of a chunk that are `kept` (of `scan_blocks`) to a running softmax.
+
+    FROM_SCORES: the scan's scores stand for the dot with the base, which is not read again.
+    Otherwise the blocks are the first `num_blocks` ones. RAISE: `reference` rises with the scores;
+    otherwise it is near their maximum, as the residual does not move it beyond what bfloat16
+    weights hold. See `scan_blocks` for the arguments and
+    `softmax_update` for the state, which is returned.
+    """
+    tokens = tl.arange(0, BLOCK_SIZE)
+    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    for rank in tl.range(0, num_blocks, num_stages=STAGES):
+        index = rank
+        if FROM_SCORES:
+            index, kept, kept_late = first_kept(kept, kept_late)
+        positions = (first_block + index * step) * BLOCK_SIZE + tokens
+        valid = positions < seq_len
+        value = load_columns(
+            tile_pointers(
+                value_ptr, places, index, tokens, value_stride_page, VALUE_STRIDE, PAGE_SIZE,
+                BLOCK_SIZE, UNIT, BLOCK_SIZE,
+            ),
+            columns, valid, HEAD_SIZE,
+        ).to(VALUE_DTYPE)
+        value_exponents = load_tile_exponents(
+            value_exponent_ptr, places, index, tokens, valid, value_exponent_stride_page,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_VALUE_EXPONENT,
+        )
+        key_exponents = load_tile_exponents(
+            exponent_ptr, places, index, tokens, valid, exponent_stride_page,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_EXPONENT,
+        )
+        scores = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
+        if not FROM_SCORES:
+            key = load_rows(
+                tile_pointers(
+                    key_ptr, places, index, tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
+                    BLOCK_SIZE, UNIT, BLOCK_SIZE,
+                ),
+                columns, valid, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
+            ).to(DTYPE)
+            scores += dot_query(key, query, PARTS, ROWS_PADDED)
+        if HAS_RESIDUAL:
+            residual = load_rows(
+                tile_pointers(
+                    residual_ptr, places, index, tokens, residual_stride_page, RESIDUAL_STRIDE,
+                    PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE,
+                ),
+                columns, valid, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
+            ).to(DTYPE)
+            scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
+        key_scales = tile_scales(key_exponents, tokens, HAS_EXPONENT)
+        if (not FROM_SCORES) or HAS_RESIDUAL:
+            scores = scores * factor[None, :] * key_scales[:, None]
+        if FROM_SCORES:
+            scores += load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
+        scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
+        if RAISE:
+            accumulator, weight_sums, reference = raise_reference(
+                accumulator, weight_sums, reference, tl.max(scores, axis=0)
+            )
+        accumulator, weight_sums = softmax_update(
+            accumulator, weight_sums, reference, scores, value,
+            tile_scales(value_exponents, tokens, HAS_VALUE_EXPONENT),
+        )
+    return accumulator, weight_sums, reference

@@ -1,0 +1,71 @@
+"""The query rows of one KV group, as the decode kernels take them."""
+
+import triton
+import triton.language as tl
+
+from ..cache.fp8_split import exponent_to_scale, round_to_e4m3, scale_rows
+
+PART_SCALE: tl.constexpr = tl.constexpr(32.0)
+"""Factor between one part of a query and the next: a part's rounding error, at most 2^3 beside
+elements of at most 2^8, becomes at most 2^8."""
+
+
+@triton.jit
+def query_rows(GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """Of each row `[ROWS_PADDED]`: its token of the request's newest, its head of the group, and
+    whether it exists."""
+    rows = tl.arange(0, ROWS_PADDED)
+    return rows // GROUP, rows % GROUP, rows < GROUP * QUERY_LEN
+
+
+@triton.jit
+def load_query(
+    query_ptr, stride_token, stride_head, columns,
+    GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr,
+):
+    """The query as it is, PARTS times, `[PARTS * ROWS_PADDED, HEAD_SIZE_PADDED]`."""
+    rows = tl.arange(0, PARTS * ROWS_PADDED) % ROWS_PADDED
+    places = rows // GROUP * stride_token + rows % GROUP * stride_head
+    return tl.load(
+        query_ptr + places[:, None] + columns[None, :],
+        mask=(rows < GROUP * QUERY_LEN)[:, None] & (columns < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def split_query(
+    query, scale_log2, ROWS_PADDED: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The query `[HEAD_SIZE_PADDED, PARTS * ROWS_PADDED]` and the factor on its scores.
+
+    PARTS 1: the query itself, for keys in its dtype. PARTS 2: E4M3 parts for E4M3 keys, side by
+    side: a row is brought below 2^8 by a power of two, which the factor (float32 `[ROWS_PADDED]`,
+    log2 units) takes back, and is the sum of part i / PART_SCALE^i. Two parts hold a bfloat16
+    element without error down to 2^-14 of the row's largest.
+    """
+    factor = tl.full([ROWS_PADDED], 1.0, tl.float32) * scale_log2
+    if PARTS > 1:
+        parts = tl.arange(0, PARTS * ROWS_PADDED) // ROWS_PADDED
+        query, exponent = scale_rows(query.to(tl.float32))
+        factor *= tl.max(tl.reshape(exponent_to_scale(exponent), (PARTS, ROWS_PADDED)), axis=0)
+        part = round_to_e4m3(query)
+        split = part
+        for index in tl.static_range(1, PARTS):
+            query = (query - part) * PART_SCALE
+            part = round_to_e4m3(query)
+            split = tl.where((parts == index)[:, None], part, split)
+        query = split
+    return tl.trans(query.to(DTYPE)), factor
+
+
+@triton.jit
+def dot_query(tokens, query, PARTS: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """`tokens` `[TOKENS, HEAD_SIZE_PADDED]` times the query, float32 `[TOKENS, ROWS_PADDED]`."""
+    scores = tl.dot(tokens, query)
+    if PARTS > 1:
+        weights = exponent_to_scale(127 - 5 * tl.arange(0, PARTS))  # PART_SCALE^-part
+        scores = tl.reshape(scores, (tokens.shape[0], PARTS, ROWS_PADDED))
+        scores = tl.sum(scores * weights[None, :, None], axis=1)
+    return scores

@@ -1,0 +1,240 @@
+"""Decode, step 1: scores every block from the FP8 base alone and picks the blocks to keep."""
+
+import triton
+import triton.language as tl
+
+from ..cache.paged_rows import (
+    load_rows,
+    load_tile_exponents,
+    tile_pointers,
+    tile_scales,
+    token_pointers,
+)
+from .query import dot_query, load_query, query_rows, split_query
+
+
+@triton.jit
+def _either(left, left_late, right, right_late):
+    return left | right, left_late | right_late
+
+
+@triton.jit
+def anchor_positions(seq_len, ANCHOR_TOKENS: tl.constexpr):
+    """Positions of a request's first and last tokens, -1 or less where there is none.
+
+    Twice as many rows as there are anchors, because the matrix unit takes 64.
+    """
+    rows = tl.arange(0, 4 * ANCHOR_TOKENS)
+    first = tl.where(rows < seq_len, rows, -1)
+    last = tl.where(rows < 2 * ANCHOR_TOKENS, seq_len - 2 * ANCHOR_TOKENS + rows, -1)
+    return tl.where(rows < ANCHOR_TOKENS, first, last)
+
+
+@triton.jit
+def load_anchor_pages(
+    seq_len, block_table_row_ptr, PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr
+):
+    """Pages of `anchor_positions`, int64 `[4 * ANCHOR_TOKENS]`."""
+    tl.static_assert(PAGE_SIZE % ANCHOR_TOKENS == 0)
+    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
+    # Three page numbers at most, as scalars, so that keys and exponents wait for the same loads.
+    last = tl.maximum(seq_len - ANCHOR_TOKENS, 0) // PAGE_SIZE
+    first_page = tl.load(block_table_row_ptr)
+    last_page = tl.load(block_table_row_ptr + last)
+    newest_page = tl.load(block_table_row_ptr + tl.maximum(seq_len - 1, 0) // PAGE_SIZE)
+    pages = tl.where(positions // PAGE_SIZE == last, last_page, newest_page)
+    return tl.where(positions < ANCHOR_TOKENS, first_page, pages).to(tl.int64)
+
+
+@triton.jit
+def load_anchors(
+    seq_len, pages, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
+    KEY_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
+):
+    """Base keys at `anchor_positions`, `[4 * ANCHOR_TOKENS, HEAD_SIZE_PADDED]`, and the powers of
+    two that they are stored without."""
+    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
+    valid = positions >= 0
+    positions = tl.maximum(positions, 0)
+    words = tl.zeros([4 * ANCHOR_TOKENS], tl.int32)
+    if HAS_EXPONENT:
+        exponents = token_pointers(
+            exponent_ptr.to(tl.pointer_type(tl.int32)), pages, positions // 4,
+            exponent_stride_page // 4, 1, PAGE_SIZE // 4,
+        )
+        words = tl.load(exponents, mask=valid, other=0)
+    # Or the loads up to here move behind the keys' way to shared memory, and wait in vain for them.
+    tl.debug_barrier()
+    key = load_rows(
+        token_pointers(key_ptr, pages, positions, key_stride_page, KEY_STRIDE, PAGE_SIZE),
+        tl.arange(0, HEAD_SIZE_PADDED), valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
+    )
+    return key, tile_scales(words, positions, HAS_EXPONENT)
+
+
+@triton.jit
+def anchor_threshold(
+    query, factor, limits, delta, seq_len, key, scales,
+    ROWS_PADDED: tl.constexpr, ANCHOR_TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The largest base score of the anchors minus `delta`, log2 units, `[ROWS_PADDED]`.
+
+    `key, scales`: of `load_anchors`. See `scan_blocks` for the other arguments.
+    """
+    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
+    scores = dot_query(key.to(DTYPE), query, PARTS, ROWS_PADDED) * factor[None, :]
+    seen = (positions >= 0)[:, None] & (positions[:, None] < limits[None, :])
+    scores = tl.where(seen, scores * scales[:, None], float("-inf"))
+    return tl.max(scores, axis=0) - delta
+
+
+@triton.jit
+def scan_blocks(
+    query, factor, limits, threshold,
+    first_block, step, num_blocks, seq_len, newest_block, places,
+    scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
+    KEY_STRIDE: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr, TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr,
+    PARTS: tl.constexpr, HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Scores the `num_blocks` blocks of a chunk, `first_block` and every `step`-th of the request
+    after it, in tiles of TILE_BLOCKS.
+
+    `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many
+    tokens of the request a query row sees. A block is kept if one of its tokens reaches
+    `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
+
+    Writes the scores of kept blocks, log2 units, to `scores[index, token, row]`.
+    Returns which blocks are kept, as the bits of two int64, bit i of the first for block i of the
+    chunk, of the second for block 64 + i, and the largest score of every row, float32
+    `[ROWS_PADDED]`.
+    """
+    TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
+    RUNS: tl.constexpr = BLOCK_SIZE // 16
+    # Rows of a tile: 16 tokens of each block in turn. A warp gets 16 of 64 rows of a product, so
+    # that with four blocks each has one of its own, and finds by itself whether to keep it.
+    tile_rows = tl.arange(0, TILE)
+    row_blocks = tile_rows // 16 % TILE_BLOCKS
+    block_tokens = tile_rows // (16 * TILE_BLOCKS) * 16 + tile_rows % 16
+    tile_tokens = row_blocks * BLOCK_SIZE + block_tokens
+    tile_positions = row_blocks * step * BLOCK_SIZE + block_tokens
+    tile_blocks = tl.arange(0, TILE_BLOCKS)
+    rows = tl.arange(0, ROWS_PADDED)
+    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    kept = tl.zeros([TILE_BLOCKS], tl.int64)
+    kept_late = tl.zeros([TILE_BLOCKS], tl.int64)
+    largest = tl.full([TILE, ROWS_PADDED], float("-inf"), tl.float32)
+    last_row = ((TILE_BLOCKS - 1) * step + 1) * BLOCK_SIZE
+    # of scores without the factor; no rounding drops the block that the threshold is from
+    threshold = (threshold - tl.abs(threshold) * 1e-6) / factor
+    for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=STAGES):
+        block = first_block + index * step
+        positions = block * BLOCK_SIZE + tile_positions
+        exponents = load_tile_exponents(
+            exponent_ptr, places, index, tile_tokens, positions < seq_len, exponent_stride_page,
+            PAGE_SIZE, BLOCK_SIZE, UNIT, TILE, HAS_EXPONENT,
+        )
+        key = load_rows(
+            tile_pointers(
+                key_ptr, places, index, tile_tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
+                BLOCK_SIZE, UNIT, TILE,
+            ),
+            columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
+        ).to(DTYPE)
+        scores = dot_query(key, query, PARTS, ROWS_PADDED)
+        scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
+        if block * BLOCK_SIZE + last_row > seq_len - QUERY_LEN + 1:
+            scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
+        largest = tl.maximum(largest, scores)
+        above = (scores >= threshold[None, :]).to(tl.int32)
+        above = tl.max(tl.reshape(above, (RUNS, TILE_BLOCKS, 16 * ROWS_PADDED)), axis=2)
+        above = tl.max(above, axis=0)
+        above = tl.where(block + tile_blocks * step >= newest_block, 1, above)
+        keep = tl.where(index + tile_blocks < num_blocks, above, 0)
+        bits = keep.to(tl.int64) << (index + tile_blocks) % 64
+        if index < 64:
+            kept |= bits
+        else:
+            kept_late |= bits
+        keep = tl.broadcast_to(keep[None, :, None], (RUNS, TILE_BLOCKS, 16))
+        tokens = index * BLOCK_SIZE + tile_tokens
+        tl.store(
+            scores_ptr + tokens[:, None] * ROWS + rows[None, :],
+            scores * factor[None, :],
+            mask=(tl.reshape(keep, (TILE,)) != 0)[:, None] & (rows < ROWS)[None, :],
+        )
+    kept, kept_late = tl.reduce((kept, kept_late), 0, _either)  # both in one exchange of warps
+    return kept, kept_late, tl.max(largest, axis=0) * factor
+
+
+@triton.jit
+def decode_threshold_kernel(
+    threshold_ptr,
+    query_ptr,
+    key_ptr,
+    exponent_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    delta_ptr,
+    scale_log2,
+    delta_stride,
+    query_stride_token,
+    query_stride_head,
+    block_table_stride,
+    key_stride_page,
+    key_stride_head,
+    exponent_stride_page,
+    exponent_stride_head,
+    KEY_STRIDE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ANCHOR_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One program: the thresholds of one request and KV head, of `[num_tokens, num_heads]`."""
+    request = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    seq_len = tl.load(seq_lens_ptr + request)
+    if seq_len == 0:
+        return
+    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    token = request.to(tl.int64) * QUERY_LEN
+    row_tokens, row_heads, exists = query_rows(GROUP, QUERY_LEN, ROWS_PADDED)
+    limits = seq_len - QUERY_LEN + 1 + row_tokens
+    if HAS_EXPONENT:
+        exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
+    pages = load_anchor_pages(
+        seq_len, block_table_ptr + request.to(tl.int64) * block_table_stride, PAGE_SIZE,
+        ANCHOR_TOKENS,
+    )
+    key, scales = load_anchors(
+        seq_len, pages, key_ptr + kv_head.to(tl.int64) * key_stride_head, exponent_ptr,
+        key_stride_page, exponent_stride_page,
+        KEY_STRIDE, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, HAS_EXPONENT,
+    )
+    query = load_query(
+        query_ptr + token * query_stride_token + kv_head * GROUP * query_stride_head,
+        query_stride_token, query_stride_head, columns,
+        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS,
+    )
+    query, factor = split_query(query, scale_log2, ROWS_PADDED, PARTS, DTYPE)
+    threshold = anchor_threshold(
+        query, factor, limits, tl.load(delta_ptr + request * delta_stride), seq_len, key, scales,
+        ROWS_PADDED, ANCHOR_TOKENS, PARTS, DTYPE,
+    )
+    tl.store(
+        threshold_ptr + (token + row_tokens) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row_heads,
+        threshold,
+        mask=exists,
+    )

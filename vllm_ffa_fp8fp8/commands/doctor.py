@@ -1,0 +1,230 @@
+"""`ffa-fp8fp8 doctor`: what is there, which path would run, what is missing and what to do."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_ffa_fp8fp8 import environment, envs
+from vllm_ffa_fp8fp8.environment import GPU, install_command
+from vllm_ffa_fp8fp8.integration.compat import SUPPORTED_VLLM, unsupported_vllm
+from vllm_ffa_fp8fp8.integration.refusals import MIN_COMPUTE_CAPABILITY
+
+OK, WARNING, MISSING = "ok", "warning", "missing"
+COLORS = {OK: "green", WARNING: "yellow", MISSING: "red"}
+ENTRY_POINTS = {
+    "vllm.general_plugins": "vllm_ffa_fp8fp8.plugin:register",
+    "vllm.platform_plugins": "vllm_ffa_fp8fp8.plugin:register_early",
+}
+OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
+
+
+@dataclass(frozen=True)
+class Finding:
+    subject: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def main() -> int:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table says what matters
+    findings = list(examine())
+    Console().print(as_table(findings))
+    missing = [finding.subject for finding in findings if finding.status == MISSING]
+    print(f"Not ready: {', '.join(missing)}." if missing else "Ready.")
+    return 1 if missing else 0
+
+
+def examine() -> Iterator[Finding]:
+    gpu = environment.find_gpu()
+    parts = [*check_gpu(gpu), check_torch(gpu), check_triton(gpu), *check_vllm(gpu)]
+    missing = [part for part in parts if part.status == MISSING]
+    yield check_python()
+    yield from parts
+    yield blocked("prefill", missing) if missing else check_flash_attention(gpu)
+    yield blocked("decode", missing) if missing else Finding("decode", OK, decode_path(gpu))
+    yield check_entry_points()
+    yield check_options(gpu)
+
+
+def blocked(subject: str, missing: list[Finding]) -> Finding:
+    """A path that cannot run. vLLM, the last of the parts, brings those before it."""
+    names = ", ".join(dict.fromkeys(part.subject for part in missing))
+    return Finding(subject, MISSING, f"cannot run: see {names}", missing[-1].advice)
+
+
+def check_python() -> Finding:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding("Python", OK, found)  # pip installs nothing of this on a Python before 3.11
+
+
+def check_gpu(gpu: GPU | None) -> Iterator[Finding]:
+    if gpu is None:
+        advice = "fine for trying it out: the torch path runs on the CPU"
+        yield Finding("GPU", WARNING, "no NVIDIA GPU", advice)
+        return
+    found = f"{gpu.name}, compute capability {dotted(gpu.capability)}"
+    if not is_usable(gpu):
+        needed = f"needs {dotted(MIN_COMPUTE_CAPABILITY)} or newer"
+        if environment.is_cpu_build():
+            yield Finding("GPU", WARNING, found, f"{needed}; the CPU is used instead")
+        else:
+            yield Finding("GPU", MISSING, found, f"{needed}; {instead_of_cuda_build()}")
+        return
+    yield Finding("GPU", OK, found)
+    if gpu.has_fp8:
+        yield Finding("FP8", OK, "E4M3 in hardware")
+    else:
+        yield Finding("FP8", WARNING, "none before compute capability 8.9", "keys stay 16-bit")
+
+
+def check_torch(gpu: GPU | None) -> Finding:
+    torch, problem = environment.import_module("torch")
+    if torch is None:
+        return Finding("torch", MISSING, problem, f"it comes with vLLM: {install_vllm(gpu)}")
+    if gpu is None and torch.version.cuda:
+        found = f"{torch.__version__}, CUDA build, without a GPU"
+        return Finding("torch", MISSING, found, instead_of_cuda_build())
+    if uses_cuda(gpu) and not torch.cuda.is_available():
+        advice = "install a CUDA build of torch that fits the driver"
+        return Finding("torch", MISSING, f"{torch.__version__} does not see the GPU", advice)
+    return Finding("torch", OK, torch.__version__)
+
+
+def check_triton(gpu: GPU | None) -> Finding:
+    version = environment.version_of("triton")
+    if not uses_cuda(gpu):
+        return Finding("triton", OK, f"{version or 'not installed'}, not used on the CPU")
+    if version is None:
+        return Finding("triton", MISSING, "not installed", "it comes with torch's CUDA build")
+    made_for = f"made for Triton {dotted(OLDEST_TRITON)} to {dotted(NEWEST_TRITON)}"
+    release = environment.release(version)[:2]
+    if release < OLDEST_TRITON:
+        return Finding("triton", WARNING, version, f"the kernels are {made_for}")
+    if release > NEWEST_TRITON:
+        return Finding("triton", WARNING, version, f"untested: the kernels are {made_for}")
+    return Finding("triton", OK, version)
+
+
+def check_vllm(gpu: GPU | None) -> Iterator[Finding]:
+    version = environment.vllm_version()
+    install = install_vllm(gpu)
+    if version is None:
+        yield Finding("vLLM", MISSING, "not installed", install)
+        return
+    build = "CPU build" if environment.is_cpu_build() else "CUDA build"
+    vllm, problem = environment.import_module("vllm.platforms")
+    if vllm is None:
+        yield Finding("vLLM", MISSING, f"{version} does not import: {problem}", install)
+    elif unsupported_vllm():
+        advice = f"supported: {SUPPORTED_VLLM}; {install}"
+        yield Finding("vLLM", MISSING, f"{version}, {build}", advice)
+    elif gpu is None and not environment.is_cpu_build():
+        found = f"{version}, {build}, without a GPU"
+        yield Finding("vLLM", MISSING, found, instead_of_cuda_build())
+    elif is_usable(gpu) and environment.is_cpu_build():
+        yield Finding("vLLM", WARNING, f"{version}, {build}", f"the GPU stays unused: {install}")
+    else:
+        yield Finding("vLLM", OK, f"{version}, {build}")
+    if not environment.is_cpu_build():
+        return
+    repair = "python scripts/prepare_cpu.py in the clone"
+    if environment.version_of("vllm") is None:
+        found = "will not start: no distribution is named vllm"
+        yield Finding("vllm serve", WARNING, found, repair)
+    _, problem = environment.import_module("transformers.modeling_utils")
+    if problem:
+        advice = f"often a CUDA build of torchvision beside torch's CPU build; {repair}"
+        yield Finding("transformers", MISSING, f"does not import: {problem}", advice)
+
+
+def check_flash_attention(gpu: GPU | None) -> Finding:
+    subject = "prefill"
+    if not uses_cuda(gpu):
+        return Finding(subject, OK, "torch, on the CPU")
+    utils, problem = environment.import_module("vllm.v1.attention.backends.fa_utils")
+    version = utils and utils.get_flash_attn_version(head_size=128)
+    if version:
+        return Finding(subject, OK, f"FlashAttention {version} of vLLM")
+    if extra := environment.version_of("flash-attn"):
+        return Finding(subject, OK, f"flash-attn {extra}")
+    advice = f"{install_command('flash-attn')} in the clone"
+    return Finding(subject, MISSING, problem or "vLLM has no FlashAttention here", advice)
+
+
+def check_entry_points() -> Finding:
+    subject = "plugin"
+    for group, value in ENTRY_POINTS.items():
+        if value not in {point.value for point in importlib.metadata.entry_points(group=group)}:
+            advice = "pip install --no-deps -e . in the clone"
+            return Finding(subject, MISSING, f"vLLM sees no entry point in {group}", advice)
+    allowed, variable = envs.plugins(), envs.PLUGINS_VARIABLE
+    if allowed is not None and "ffa_fp8fp8" not in allowed:
+        advice = f"add ffa_fp8fp8 to {variable}, or unset it"
+        return Finding(subject, MISSING, f"{variable}={','.join(allowed)}", advice)
+    return Finding(subject, OK, f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}")
+
+
+def check_options(gpu: GPU | None) -> Finding:
+    from vllm_ffa_fp8fp8.config import DEFAULT_PRESET, FFAConfig
+    from vllm_ffa_fp8fp8.integration import refusals
+
+    chosen = envs.config()
+    source = f"{envs.CONFIG_VARIABLE}={chosen}" if chosen else f"preset {DEFAULT_PRESET}"
+    try:
+        options = FFAConfig.load()
+        refusals.check_options(options, has_fp8=not uses_cuda(gpu) or gpu.has_fp8)
+    except (ValueError, ImportError) as error:
+        return Finding("options", MISSING, str(error), f"correct {source}")
+    return Finding("options", OK, f"{source}\n{yaml.safe_dump(options.to_dict(), sort_keys=False)}")
+
+
+def decode_path(gpu: GPU | None) -> str:
+    if not uses_cuda(gpu):
+        return "torch on the CPU: FP8 base + residual, in software"
+    if gpu.has_fp8:
+        return "Triton kernels, FP8 base + residual"
+    return "Triton kernels, 16-bit K without residual"
+
+
+def uses_cuda(gpu: GPU | None) -> bool:
+    return is_usable(gpu) and not environment.is_cpu_build()
+
+
+def is_usable(gpu: GPU | None) -> bool:
+    return gpu is not None and gpu.capability >= MIN_COMPUTE_CAPABILITY
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def install_vllm(gpu: GPU | None) -> str:
+    extra = "cuda" if is_usable(gpu) else "cpu"
+    return f"make setup EXTRA={extra}, or {install_command(extra)} in the clone"
+
+
+def instead_of_cuda_build() -> str:
+    """What to do where the CUDA build of vLLM, if it is there, cannot run."""
+    remove = "pip uninstall vllm, then " if environment.version_of("vllm") else ""
+    return f"install the CPU build: {remove}{install_command('cpu')} in the clone"
+
+
+def as_table(findings: list[Finding]) -> Table:
+    table = Table(title="ffa-fp8fp8 doctor", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("what to do", overflow="fold")
+    for finding in findings:
+        color = COLORS[finding.status]
+        state = f"[{color}]{finding.status}[/]"
+        table.add_row(finding.subject, state, escape(finding.found.strip()), escape(finding.advice))
+    return table

@@ -1,0 +1,1 @@
+"""What touches vLLM beyond its interface for backends: patches, versions, refusals."""
