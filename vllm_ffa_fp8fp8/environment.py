@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 FP8_CAPABILITY = (8, 9)  # Ada; the first with E4M3 conversions
@@ -49,6 +50,32 @@ NO_VLLM = "vLLM is not installed: `ffa-fp8fp8 doctor` says what to do."
 def install_command(extra: str) -> str:
     """What installs an extra of this project, in the clone."""
     return f"pip install -e '.[{extra}]'"
+
+
+def stack() -> dict[str, str]:
+    """The versions of torch, Triton and vLLM, "none" where one is not installed."""
+    versions = {"torch": version_of("torch"), "triton": version_of("triton")}
+    versions["vllm"] = vllm_version()
+    return {name: version or "none" for name, version in versions.items()}
+
+
+def find_clone() -> Path | None:
+    """The clone that this package runs from (`pip install -e`), None for an installed wheel."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def commit() -> str:
+    """The clone's commit, with a + where files were changed since; empty where git knows none."""
+    clone = find_clone()
+    if clone is None or not (clone / ".git").exists():
+        return ""
+    command = ["git", "-C", str(clone), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip()
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     over,
     plan_cells,
 )
+from vllm_ffa_fp8fp8.bench.files import Records
 from vllm_ffa_fp8fp8.bench.store import Store, code_fingerprint, read_figures
 from vllm_ffa_fp8fp8.commands import bench_decode, cli
 from vllm_ffa_fp8fp8.environment import GPU
@@ -129,9 +130,9 @@ def test_bars_compare_with_the_right_peer():
     by_bar = {(v.bar.what, v.bar.against): v for v in judge(figures)}
     tenth = Shape(MAIN, 8, 32_768)
     kept = tenth.kept_blocks(0.1) / tenth.pages
-    assert by_bar["8 x 32,768, skip 0.9", FA3_BF16].figure == pytest.approx(4 / (1 + 3 * kept))
-    assert by_bar["8 x 32,768, skip 0.9", FA3_FP8].figure == pytest.approx(2 / (1 + 3 * kept))
-    fp8 = by_bar["8 x 32,768, skip 0.9, V fp8", FA3_FP8]
+    assert by_bar["8 x 32,768, kept 0.1", FA3_BF16].figure == pytest.approx(4 / (1 + 3 * kept))
+    assert by_bar["8 x 32,768, kept 0.1", FA3_FP8].figure == pytest.approx(2 / (1 + 3 * kept))
+    fp8 = by_bar["8 x 32,768, kept 0.1, V fp8", FA3_FP8]
     assert fp8.figure == pytest.approx(2 / (1 + 2 * kept))
     assert by_bar["256k tokens and more, exact", FA3_BF16].figure == pytest.approx(1.0)
 
@@ -216,10 +217,29 @@ def test_store_reuses_figures_of_the_same_code_only(tmp_path):
     assert found.cached and found.us == pytest.approx(figure.us, abs=0.01)
     assert Store(tmp_path, ENVIRONMENT).get(cell, "two") is None
     assert Store(tmp_path, ENVIRONMENT, fresh=True).get(cell, "one") is None
-    assert Store(tmp_path, ENVIRONMENT | {"triton": "3.7"}).get(cell, "one") is None
+    for name in ("torch", "triton", "vllm"):
+        assert Store(tmp_path, ENVIRONMENT | {name: "9.9"}).get(cell, "one") is None
     other_gpu = Store(tmp_path, ENVIRONMENT | {"gpu": "NVIDIA L40S"})
     assert other_gpu.path(MAIN) != first.path(MAIN)
-    assert first.path(MAIN).name == "decode-nvidia-h100-80gb-hbm3-h32-kv8-d128-p64.json"
+    other_stack = Store(tmp_path, ENVIRONMENT | {"triton": "3.8.0", "vllm": "0.33.0+cu130"})
+    assert [store.path(MAIN).name for store in (first, other_stack)] == [
+        "decode-nvidia-h100-80gb-hbm3-vllm-0.32.0-triton-3.6-h32-kv8-d128-p64.json",
+        "decode-nvidia-h100-80gb-hbm3-vllm-0.33.0-triton-3.8.0-h32-kv8-d128-p64.json",
+    ]
+
+
+def test_figures_name_the_commit_they_are_of(tmp_path):
+    cells = [Cell(Shape(MAIN, 8, 32_768), OURS, kept=kept) for kept in (0.1, 0.5)]
+    for cell, commit in zip(cells, ("abc1234", "def5678"), strict=True):
+        store = Store(tmp_path, ENVIRONMENT, commit=commit)
+        assert store.put(cell, fake_figure(cell)).commit == commit
+        store.save(MAIN)
+    _, figures = read_figures([store.path(MAIN)])
+    assert [figures[cell].commit for cell in cells] == ["abc1234", "def5678"]
+    told = report.footnotes(ENVIRONMENT, figures)[0]
+    assert told == (
+        "NVIDIA H100 80GB HBM3; torch 2.11, Triton 3.6, vLLM 0.32.0; commit abc1234, def5678."
+    )
 
 
 def test_fresh_figures_replace_old_ones_and_keep_the_others(tmp_path):
@@ -283,7 +303,7 @@ def test_result_files_are_small(result_file):
 
 def test_report_takes_every_file_that_the_benchmarks_keep(tmp_path, capsys):
     projection = tmp_path / "projection.json"
-    projection.write_text(json.dumps({"environment": {}, "decode": [], "prefill": []}))
+    Records(projection, "bench-kproj", ENVIRONMENT).save()
     files = sorted(PLOT.glob("*.json"))
     assert bench("--report", *files, projection, "--folder", tmp_path / "plots") == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from vllm_ffa_fp8fp8 import environment
+from vllm_ffa_fp8fp8.bench.files import read_records
 from vllm_ffa_fp8fp8.commands import bench_kproj, cli, demo, doctor
 from vllm_ffa_fp8fp8.commands.demo_engine import generate, summed_skip_stats
 from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions
@@ -335,7 +336,7 @@ def test_bench_kproj_needs_a_gpu_with_fp8(monkeypatch, capsys):
         (["--vary-prefill", "tokens=many"], "'tokens=many' is not name=value with a whole number"),
         (["--batches", "1", "129"], "--batches are 1 to 128 tokens, not 129"),
         (["--prefill", "0"], "--prefill is 1 token or more, not 0"),
-        (["--json", "/dev/null/some.json"], "cannot be a folder for figures"),
+        (["--folder", "/dev/null"], "cannot be a folder for figures"),
     ],
 )
 def test_bench_kproj_names_what_it_cannot_measure(monkeypatch, capsys, arguments, message):
@@ -344,12 +345,44 @@ def test_bench_kproj_names_what_it_cannot_measure(monkeypatch, capsys, arguments
     assert message in capsys.readouterr().out
 
 
+def test_bench_kproj_keeps_what_earlier_runs_measured(monkeypatch, tmp_path, capsys):
+    from vllm_ffa_fp8fp8.bench import projection, sweep, timing
+
+    versions = {"gpu": "NVIDIA H100", "torch": "2.14.0", "triton": "3.8.0", "vllm": "0.33.0"}
+    monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
+    monkeypatch.setattr(sweep, "environment", lambda: versions)
+    monkeypatch.setattr(timing, "read_bandwidth", lambda: 3e6)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 2e6)
+    monkeypatch.setattr(projection, "make_weights", lambda model: None)
+
+    def row(model, tokens, *_):
+        return {
+            "model": model, "tokens": tokens, "floor_us": 5.0,
+            "us": {"unfused": 20.0, "linear + kernel": 18.0, "one kernel, default": 16.0},
+        }  # fmt: skip
+
+    monkeypatch.setattr(projection, "bench_decode_step", row)
+    monkeypatch.setattr(projection, "bench_prefill", row)
+    arguments = ["bench-kproj", "--folder", str(tmp_path), "--models", "8b", "--prefill"]
+    assert cli.main([*arguments, "--commit", "abc1234", "--batches", "1", "2"]) == 0
+    assert "NVIDIA H100; torch 2.14.0, Triton 3.8.0, vLLM 0.33.0; commit abc1234." in (
+        capsys.readouterr().out
+    )
+    assert cli.main([*arguments, "--commit", "def5678", "--batches", "2", "4"]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name == "kproj-nvidia-h100-vllm-0.33.0-triton-3.8.0.json"
+    _, records = read_records(file, "bench-kproj")
+    commits = {record["tokens"]: record["commit"] for record in records}
+    assert commits == {1: "abc1234", 2: "def5678", 4: "def5678"}
+    assert "1.25x" in capsys.readouterr().out
+
+
 def test_help_and_version(capsys):
     for arguments, words in (
         (["--help"], "an attention backend for vLLM"),
         (["--version"], f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}"),
         (["bench-decode", "--help"], "merge_rows"),
-        (["bench-kproj", "--help"], "without it they are printed only"),
+        (["bench-kproj", "--help"], "finish_rows"),
     ):
         with pytest.raises(SystemExit):
             cli.main(arguments)

@@ -150,6 +150,7 @@ class Figure:
         kept: fraction of the blocks that was kept, as counted on the device.
         error: relative error against the float32 reference.
         code: fingerprint of the code that was timed.
+        commit: what git calls that code; empty where nobody said.
         cached: whether it comes from an earlier run.
     """
 
@@ -158,6 +159,7 @@ class Figure:
     kept: float
     error: float
     code: str
+    commit: str = field(default="", compare=False)
     cached: bool = field(default=False, compare=False)
 
     @property

@@ -14,8 +14,8 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Shape,
     over,
 )
+from vllm_ffa_fp8fp8.bench.files import make_folder
 from vllm_ffa_fp8fp8.bench.report import NAMES
-from vllm_ffa_fp8fp8.bench.store import make_folder
 
 FORMATS = ("png", "svg")
 HEIGHT, LINE_HEIGHT, TITLE_HEIGHT = 4, 0.18, 0.3

@@ -173,7 +173,8 @@ def bench_decode_step(model, num_tokens, weights, bandwidth, vary) -> dict:
     floor = bench.cases[0].weight.nbytes / bandwidth
     return {
         "model": model, "hidden_size": bench.hidden_size, "tokens": num_tokens,
-        "floor_us": floor, "us": times, "error": errors,
+        "floor_us": round(floor, 2), "us": rounded(times),
+        "error": {name: float(f"{error:.2g}") for name, error in errors.items()},
         "tunings": {name: asdict(tuning) for name, tuning in tunings.items()},
     }  # fmt: skip
 
@@ -203,4 +204,11 @@ def bench_prefill(model, num_tokens, weights, copy_bandwidth, vary) -> dict:
     times = {name: bench.time(launch) for name, launch in launches.items()}
     times = {name: min(us, bench.time(launches[name])) for name, us in times.items()}
     floor = moved / copy_bandwidth
-    return {"model": model, "tokens": num_tokens, "bytes": moved, "floor_us": floor, "us": times}
+    return {
+        "model": model, "tokens": num_tokens, "bytes": moved, "floor_us": round(floor, 2),
+        "us": rounded(times),
+    }  # fmt: skip
+
+
+def rounded(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(us, 2) for name, us in times.items()}

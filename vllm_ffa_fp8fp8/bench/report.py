@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from rich import box
@@ -25,6 +25,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     over,
 )
 
+PACKAGES = {"torch": "torch", "triton": "Triton", "vllm": "vLLM"}
 NAMES = {FA3_BF16: "FA3 bf16", FA3_FP8: "FA3 fp8"}
 CACHED = "*"
 BARS_NOTE = (
@@ -145,10 +146,17 @@ def bar_table(figures: Figures) -> Table:
     return result
 
 
+def conditions(environment: dict[str, str], commits: Iterable[str]) -> str:
+    """Card, versions and commits that figures are of."""
+    versions = ", ".join(f"{PACKAGES[name]} {environment[name]}" for name in PACKAGES)
+    known = sorted(set(commits) - {""})
+    commit = f"commit {', '.join(known)}" if known else "commit unknown"
+    return f"{environment['gpu']}; {versions}; {commit}."
+
+
 def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:
     """Where the figures come from."""
-    versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "gpu")
-    notes = [f"{environment['gpu']}; {versions}."]
+    notes = [conditions(environment, (figure.commit for figure in figures.values()))]
     cell, figure = max(figures.items(), key=lambda item: item[1].floor_us)
     bandwidth = cell.floor_bytes(figure.kept) / figure.floor_us
     notes.append(

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_ffa_fp8fp8.bench.report import CACHED, ratio, table
-from vllm_ffa_fp8fp8.bench.store import entry, fingerprint, make_folder, read_object
+from vllm_ffa_fp8fp8.bench.files import Records
+from vllm_ffa_fp8fp8.bench.report import CACHED, conditions, ratio, table
+from vllm_ffa_fp8fp8.bench.store import fingerprint
 from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
 
 EXTENSION = "vllm_ffa_fp8fp8.bench.serving_worker.BenchWorkerExtension"
@@ -34,7 +35,7 @@ class Variant:
 
     @property
     def counts(self) -> bool:
-        """Whether it counts the blocks that it skips."""
+        """Whether it counts the blocks that it keeps."""
         return self.options is not None and self.options["record_skip_ratio"]
 
     def uncounted(self) -> "Variant":
@@ -72,14 +73,14 @@ class Settings:
     Args:
         model: its name in `MODELS`; `changes`: to its configuration.
         rows: batch and prompt tokens of each.
-        skip: the skip ratio to steer FFA_FP8FP8 to; None leaves delta as it is.
+        kept: the fraction of blocks that FFA_FP8FP8 is to keep; None leaves its threshold alone.
         steps: a small and a large number of output tokens, whose times are subtracted.
         memory: the part of the GPU's memory that an engine may use.
     """
 
     model: str
     rows: tuple[tuple[int, int], ...]
-    skip: float | None
+    kept: float | None
     steps: tuple[int, int]
     repeats: int
     memory: float
@@ -117,8 +118,8 @@ def engine_job(
         "repeats": settings.repeats,
         "vocab_size": vocab_size,
         "counts": variant.counts,
-        "skip": settings.skip if variant.counts else None,
-        "deltas": None,
+        "kept": settings.kept if variant.counts else None,
+        "thresholds": None,
         # as in production: scheduling overlaps with the device's work
         "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if settings.on_gpu else {},
     }
@@ -126,31 +127,24 @@ def engine_job(
 
 class Results:
     """Figures in a JSON file, a record for each variant and row. A file of other versions is
-    replaced. Raises ValueError for a file that is none of those."""
+    replaced. Raises ValueError for a file of something else."""
 
-    def __init__(self, path: Path, environment: dict[str, Any], fresh: bool = False):
-        self.path, self.environment = path, environment
-        self._records: list[dict[str, Any]] = []
+    def __init__(
+        self, path: Path, environment: dict[str, str], fresh: bool = False, commit: str = ""
+    ):
+        self.path, self.environment, self.commit = path, environment, commit
+        self._file = Records(path, "bench-serving", environment)
         self._new: list[dict[str, Any]] = []
-        if path.is_file():
-            try:
-                content = read_object(path)
-                known = entry(content, "environment", dict)
-                records = entry(content, "records", list)
-            except ValueError as error:
-                raise ValueError(f"{path} holds no figures of bench-serving: {error}") from error
-            if known == environment:
-                self._records = records
         self.fresh = fresh
 
     def missing(self, variant: Variant, settings: Settings) -> list[tuple[int, int]]:
         """The rows that no earlier run timed with the same code and settings."""
         return [row for row in settings.rows if self._find(variant, row, settings) is None]
 
-    def deltas(self, variant: Variant, rows: list, settings: Settings) -> list[float] | None:
-        """The deltas that the counting twin of such a variant was steered to; None for others.
-        Raises ValueError where the twin was not timed."""
-        if not variant.name.endswith(UNCOUNTED) or settings.skip is None:
+    def thresholds(self, variant: Variant, rows: list, settings: Settings) -> list[float] | None:
+        """Where the counting twin of such a variant was steered to; None for others. Raises
+        ValueError where the twin was not timed."""
+        if not variant.name.endswith(UNCOUNTED) or settings.kept is None:
             return None
         twin = replace(
             variant,
@@ -160,21 +154,17 @@ class Results:
         steered = [self._find(twin, row, settings) for row in rows]
         if None in steered:
             raise ValueError(f"{variant.name}: its counting twin was not timed")
-        return [record["delta"] for record in steered]
+        return [record["threshold_over_anchors"] for record in steered]
 
     def put(self, variant: Variant, settings: Settings, answer: dict[str, Any]) -> None:
         for row in answer["rows"]:
             key = self._key(variant, (row["batch"], row["tokens"]), settings)
             figures = {"ms": round(row["ms"], 3), "all_ms": [round(ms, 3) for ms in row["all_ms"]]}
-            record = key | figures | {name: row[name] for name in ("skip", "delta")}
-            record |= {"backend": answer["backend"], "counts": variant.counts}
-            self._records = [old for old in self._records if not key.items() <= old.items()]
-            self._records.append(record)
-            self._new.append(record)
-        make_folder(self.path.parent)
-        lines = ",\n".join(map(json.dumps, self._records))
-        environment = json.dumps(self.environment)
-        self.path.write_text(f'{{"environment": {environment},\n"records": [\n{lines}\n]}}\n')
+            figures |= {name: row[name] for name in ("kept", "threshold_over_anchors")}
+            figures |= {"backend": answer["backend"], "counts": variant.counts}
+            origin = {"code": self._code(variant), "commit": self.commit}
+            self._new.append(self._file.put(key, figures | origin))
+        self._file.save()
 
     def of(self, variants: list[Variant], settings: Settings) -> list[dict[str, Any]]:
         """Records of all rows and variants, by row; `cached` tells those of earlier runs."""
@@ -182,43 +172,43 @@ class Results:
         return [record | {"cached": record not in self._new} for record in found if record]
 
     def _find(self, variant: Variant, row, settings: Settings) -> dict[str, Any] | None:
-        key = self._key(variant, row, settings)
-        records = self._new if self.fresh else self._records
+        key = self._key(variant, row, settings) | {"code": self._code(variant)}
+        records = self._new if self.fresh else self._file.all
         return next((record for record in records if key.items() <= record.items()), None)
 
     @staticmethod
-    def _key(variant: Variant, row, settings: Settings) -> dict[str, Any]:
-        ours = variant.options is not None
+    def _code(variant: Variant) -> str:
         code = fingerprint("vllm_ffa_fp8fp8.bench", only=TIMING_FILES)
-        if ours:
-            code += "-" + fingerprint(*OUR_PACKAGES)
+        return code if variant.options is None else f"{code}-{fingerprint(*OUR_PACKAGES)}"
+
+    @staticmethod
+    def _key(variant: Variant, row, settings: Settings) -> dict[str, Any]:
         return {
             "variant": variant.name,
             "batch": row[0],
             "tokens": row[1],
             "llm": variant.llm,
             "options": variant.options,
-            "target_skip": settings.skip if ours else None,
+            "target_kept": None if variant.options is None else settings.kept,
             "steps": list(settings.steps),
             "repeats": settings.repeats,
-            "code": code,
         }
 
 
 def as_table(records: list[dict[str, Any]]) -> Table:
     """A row for each record, with the ratios over FLASH_ATTN at the same batch and length."""
     result = table(
-        "Time per output token, milliseconds", "batch x tokens", "engine", "ms", "skipped",
+        "Time per output token, milliseconds", "batch x tokens", "engine", "ms", "kept",
         "over bf16", "over fp8",
     )  # fmt: skip
     for record in records:
         row = (record["batch"], record["tokens"])
-        skip = record["skip"]
+        kept = record["kept"]
         result.add_row(
             f"{row[0]} x {row[1]:,}",
             record["variant"],
             f"{record['ms']:.2f}{CACHED if record['cached'] else ''}",
-            "-" if skip is None else f"{skip:.3f}",
+            ratio(kept),
             *(ratio(_over(records, record, row, peer.name)) for peer in PEERS),
         )
     return result
@@ -231,19 +221,20 @@ def _over(records: list, record: dict[str, Any], row: tuple[int, int], peer: str
     return None
 
 
-def notes(environment: dict[str, Any], records: list, settings: Settings) -> list[str]:
+def notes(environment: dict[str, str], records: list, settings: Settings) -> list[str]:
     """Conditions of the figures."""
-    versions = ", ".join(f"{name} {value}" for name, value in environment.items() if name != "gpu")
     few, many = settings.steps
     result = [
-        f"{environment['gpu']}; {versions}; {settings.model} with dummy weights.",
+        conditions(environment, (record["commit"] for record in records)),
+        f"{settings.model} with dummy weights.",
         f"Median of {settings.repeats}: (time of {many} tokens - time of {few}) / {many - few}, "
         "prompts in the prefix cache.",
     ]
-    if settings.skip is not None:
+    if settings.kept is not None:
         result.append(
-            "Skipped: as counted while timed; counting costs some of the time. Rows of engines "
-            f"named '{UNCOUNTED.strip(', ')}' ran at the same delta without it."
+            "Kept: as counted while timed; counting costs some of the time. The benchmark moved "
+            "the threshold in the running engine until so much was kept. Rows of engines named "
+            f"'{UNCOUNTED.strip(', ')}' ran at the same threshold without counting."
         )
     cached = sum(record["cached"] for record in records)
     if cached:

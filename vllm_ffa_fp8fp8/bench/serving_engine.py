@@ -16,9 +16,9 @@ def time_rows(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any
 
     Args:
         job: `llm` (arguments of `LLM`), `rows` (`[batch, tokens]` each), `steps` (a small and a
-            large number of output tokens), `repeats`, `vocab_size`, `counts` (whether skips are
-            counted), `skip` (the skip ratio to steer for, or None), `deltas` (a delta a row
-            instead of steering, or None).
+            large number of output tokens), `repeats`, `vocab_size`, `counts` (whether kept blocks
+            are counted), `kept` (the fraction to steer for, or None), `thresholds` (one a row
+            instead of steering, log2 units over the anchors, or None).
     """
     tell("importing vLLM")
     from vllm import LLM
@@ -32,30 +32,30 @@ def time_rows(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any
     ]
     results = []
     for index, (batch, tokens) in enumerate(job["rows"]):
-        delta = job["deltas"][index] if job["deltas"] else None
+        threshold = job["thresholds"][index] if job["thresholds"] else None
         row = Row(llm, [prompt[:tokens] for prompt in prompts[:batch]])
         tell(f"{batch} x {tokens:,}: prefill")
         row.generate(1)
-        if delta is not None:
-            row.set_delta(delta)
-        elif job["skip"] is not None:
-            tell(f"{batch} x {tokens:,}: steering the skip ratio to {job['skip']:g}")
-            delta, _ = steer(row.measure_skip, job["skip"])
-            row.set_delta(delta)
+        if threshold is not None:
+            row.set_threshold(threshold)
+        elif job["kept"] is not None:
+            tell(f"{batch} x {tokens:,}: moving the threshold until {job['kept']:g} is kept")
+            threshold, _ = steer(row.measure_kept, job["kept"])
+            row.set_threshold(threshold)
         tell(f"{batch} x {tokens:,}: timing")
         row.generate(job["steps"][0])
         if job["counts"]:
-            row.read_skip()
+            row.read_kept()
         times = [row.token_milliseconds(*job["steps"]) for _ in range(job["repeats"])]
-        skip = row.read_skip() if job["counts"] else None
+        kept = row.read_kept() if job["counts"] else None
         results.append(
             {
                 "batch": batch,
                 "tokens": tokens,
                 "ms": statistics.median(times),
                 "all_ms": times,
-                "skip": skip,
-                "delta": delta,
+                "kept": kept,
+                "threshold_over_anchors": threshold,
             }
         )
     backend = llm.collective_rpc("ffa_backend_names")[0]
@@ -88,18 +88,19 @@ class Row:
         shorter = self.generate(few)
         return (self.generate(many) - shorter) / (many - few) * 1e3
 
-    def set_delta(self, delta: float) -> None:
-        builders = self.llm.collective_rpc("ffa_set_delta", args=(delta,))
+    def set_threshold(self, over_anchors: float) -> None:
+        builders = self.llm.collective_rpc("ffa_set_delta", args=(-over_anchors,))
         assert all(builders), "no metadata builder has a delta to set"
 
-    def read_skip(self) -> float | None:
-        """Skip ratio since the last reading; None where nothing was counted."""
+    def read_kept(self) -> float | None:
+        """Kept fraction since the last reading; None where nothing was counted."""
         counts = self.llm.collective_rpc("ffa_skip_stats")
         total = sum(count["total_blocks"] for count in counts)
-        return 1 - sum(count["kept_blocks"] for count in counts) / total if total else None
+        return sum(count["kept_blocks"] for count in counts) / total if total else None
 
-    def measure_skip(self, delta: float) -> float:
-        self.set_delta(delta)
-        self.read_skip()
+    def measure_kept(self, threshold: float) -> float:
+        self.set_threshold(threshold)
+        self.read_kept()
         self.generate(PROBE_TOKENS)
-        return self.read_skip() or 0.0
+        kept = self.read_kept()
+        return 1.0 if kept is None else kept

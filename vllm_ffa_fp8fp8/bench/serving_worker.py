@@ -12,8 +12,8 @@ class BenchWorkerExtension(WorkerExtension):
 
     @torch.inference_mode()  # the tensors were made in it
     def ffa_set_delta(self, delta: float) -> int:
-        """Sets delta, log2 units, in place, so that CUDA graphs see it; returns how many metadata
-        builders took it."""
+        """Sets delta, log2 units, below 0 for a threshold over the anchors; in place, so that CUDA
+        graphs see it. Returns how many metadata builders took it."""
         builders = [
             builder
             for groups in self.model_runner.attn_groups

@@ -1,14 +1,15 @@
-"""Finds the delta at which a wanted fraction of the blocks is skipped.
+"""Finds the threshold at which a wanted fraction of the blocks is kept.
 
-Dummy weights give scores of any size, all alike, so that a usual delta skips nothing: the search
-knows no scale, and delta may come out negative.
+Dummy weights give scores of any size, all alike: no `delta` that the option takes, which lie at 0
+and above, skips anything. So the threshold is moved in the running engine, above the best score of
+the anchors (a request's first and last tokens) where need be, and the search knows no scale.
 """
 
 import math
 from collections.abc import Callable
 
 SMALLEST, LARGEST = -100.0, 12.0
-"""Exponents between which the magnitude of delta is searched, base 2."""
+"""Exponents between which the distance from the anchors is searched, base 2."""
 
 
 def steer(
@@ -17,9 +18,13 @@ def steer(
     tolerance: float = 0.01,
     most_probes: int = 16,
 ) -> tuple[float, float]:
-    """Bisects the magnitude of delta; `measure` gives the skip ratio at a delta, and falls with it.
+    """Bisects the threshold's distance from the anchors' best score.
 
-    Returns the delta that came closest and its skip ratio.
+    Args:
+        measure: gives the kept fraction at a threshold, in log2 units over the anchors (below 0:
+            under them), and falls with it.
+
+    Returns the threshold that came closest and its kept fraction.
     """
     best = (0.0, measure(0.0))
     sign = 1.0 if best[1] > target else -1.0
@@ -28,11 +33,11 @@ def steer(
         if abs(best[1] - target) <= tolerance:
             break
         middle = (low + high) / 2
-        delta = math.copysign(2.0**middle, sign)
-        skipped = measure(delta)
-        best = min(best, (delta, skipped), key=lambda probe: abs(probe[1] - target))
-        # away from zero, a positive delta skips less and a negative one more
-        if (skipped > target) == (sign > 0):
+        threshold = math.copysign(2.0**middle, sign)
+        kept = measure(threshold)
+        best = min(best, (threshold, kept), key=lambda probe: abs(probe[1] - target))
+        # away from zero, a threshold over the anchors keeps less and one under them more
+        if (kept > target) == (sign > 0):
             low = middle
         else:
             high = middle

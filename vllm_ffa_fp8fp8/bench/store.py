@@ -1,14 +1,13 @@
-"""Figures on disk: a JSON file for each GPU and geometry under `plot/`, reused by later runs."""
+"""Figures of bench-decode on disk: a JSON file for each GPU, stack and geometry, reused by later
+runs."""
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 from vllm_ffa_fp8fp8.bench.cells import (
     NOTHING,
@@ -20,14 +19,13 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Geometry,
     Shape,
 )
+from vllm_ffa_fp8fp8.bench.files import BENCHMARK, entry, file_name, make_folder, read_object
 
 OUR_FILES = ("inputs.py", "timing.py", "decoder.py", "base_read.py")
 PEER_FILES = ("inputs.py", "timing.py", "peers.py")
 NUMBER = (int, float)
-OLDER_RECORD = {"hot": SPREAD, "ahead": NOTHING}
-"""What records from before cells had these fields were measured with."""
-OTHER_KINDS = {"records": "bench-serving", "prefill": "bench-kproj"}
-"""Where other benchmarks keep their figures in a file, by which it is told."""
+OLDER_RECORD = {"hot": SPREAD, "ahead": NOTHING, "commit": ""}
+"""What records from before there were these fields stand for."""
 
 
 def fingerprint(*packages: str, only: tuple[str, ...] = ()) -> str:
@@ -41,11 +39,11 @@ def fingerprint(*packages: str, only: tuple[str, ...] = ()) -> str:
 
 
 def _sources(folder: Traversable) -> Iterator[Traversable]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _sources(entry)
-        elif entry.name.endswith(".py"):
-            yield entry
+    for item in sorted(folder.iterdir(), key=lambda item: item.name):
+        if item.is_dir():
+            yield from _sources(item)
+        elif item.name.endswith(".py"):
+            yield item
 
 
 def code_fingerprint(series: str) -> str:
@@ -57,33 +55,24 @@ def code_fingerprint(series: str) -> str:
     return f"{kernels}-{fingerprint('vllm_ffa_fp8fp8.bench', only=OUR_FILES)[:4]}"
 
 
-def make_folder(path: Path) -> None:
-    """Makes the folder where there is none. Raises ValueError where that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be a folder for figures: {error.strerror}") from error
-
-
-def file_name(kind: str, gpu: str, settings: object) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return f"{kind}-{slug}-{settings}.json"
-
-
 class Store:
     """The figures of one environment (GPU and versions). A file of another one is replaced.
 
     Args:
         environment: names and versions that a figure depends on, `gpu` among them.
         fresh: take no figure from earlier runs.
+        commit: of the code that is measured, as figures name it.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str], fresh: bool = False):
+    def __init__(
+        self, folder: Path, environment: dict[str, str], fresh: bool = False, commit: str = ""
+    ):
         self.folder, self.environment, self.fresh = folder, environment, fresh
+        self.commit = commit
         self._figures: dict[Geometry, Figures] = {}
 
     def path(self, geometry: Geometry) -> Path:
-        return self.folder / file_name("decode", self.environment["gpu"], geometry)
+        return self.folder / file_name("decode", self.environment, geometry)
 
     def get(self, cell: Cell, code: str) -> Figure | None:
         """The figure, if it was measured by the same code in this environment."""
@@ -92,8 +81,11 @@ class Store:
             return None
         return figure
 
-    def put(self, cell: Cell, figure: Figure) -> None:
+    def put(self, cell: Cell, figure: Figure) -> Figure:
+        """Keeps the figure, and returns it with the commit that it is of."""
+        figure = replace(figure, commit=self.commit)
         self._of(cell.shape.geometry)[cell] = figure
+        return figure
 
     def save(self, geometry: Geometry) -> None:
         make_folder(self.folder)
@@ -124,6 +116,7 @@ def as_record(cell: Cell, figure: Figure) -> dict:
         "measured_kept": round(figure.kept, 4),
         "error": float(f"{figure.error:.2g}"),
         "code": figure.code,
+        "commit": figure.commit,
     }
     return record
 
@@ -137,8 +130,8 @@ def read_figures(
     for path in paths:
         try:
             content = read_object(path)
-            if kind := next((kind for key, kind in OTHER_KINDS.items() if key in content), None):
-                tell(f"{path} is skipped: it holds figures of {kind}.")
+            if BENCHMARK in content:
+                tell(f"{path} is skipped: it holds figures of {content[BENCHMARK]}.")
                 continue
             its_own, found = parse_figures(content)
         except (OSError, ValueError) as error:
@@ -154,44 +147,26 @@ def read_figures(
     return environment, figures
 
 
-def read_object(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except UnicodeDecodeError:
-        raise ValueError("it is not text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON, see line {error.lineno}") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    return content
-
-
 def parse_figures(content: dict) -> tuple[dict[str, str], Figures]:
     """Environment and figures of a file. Raises ValueError."""
     environment, sizes = entry(content, "environment", dict), entry(content, "geometry", dict)
-    entry(environment, "gpu", str)
+    for name in ("gpu", "torch", "triton", "vllm"):
+        entry(environment, name, str)
     geometry = Geometry(*(entry(sizes, field.name, int) for field in fields(Geometry)))
     records = entry(content, "figures", list)
     return environment, dict(parse_record(record, geometry) for record in records)
 
 
 def parse_record(record: dict, geometry: Geometry) -> tuple[Cell, Figure]:
+    if isinstance(record, dict):
+        record = OLDER_RECORD | record
     cell = Cell(
         Shape(geometry, entry(record, "batch", int), entry(record, "seq_len", int)),
         entry(record, "series", str),
         entry(record, "value_dtype", str),
         entry(record, "kept", NUMBER),
-        entry(record, "tuning", str),
-        *(entry(OLDER_RECORD | record, name, str) for name in OLDER_RECORD),
+        *(entry(record, name, str) for name in ("tuning", "hot", "ahead")),
     )
     numbers = (entry(record, name, NUMBER) for name in ("us", "floor_us", "measured_kept", "error"))
-    return cell, Figure(*numbers, entry(record, "code", str), cached=True)
-
-
-def entry(record: dict, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A value of a file. Raises ValueError where it is missing or of another kind."""
-    if not isinstance(record, dict) or name not in record:
-        raise ValueError(f"an entry {name!r} is missing")
-    if not isinstance(record[name], kind):
-        raise ValueError(f"the entry {name!r} cannot be {record[name]!r}")
-    return record[name]
+    origin = (entry(record, name, str) for name in ("code", "commit"))
+    return cell, Figure(*numbers, *origin, cached=True)

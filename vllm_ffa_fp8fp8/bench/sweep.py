@@ -25,6 +25,7 @@ from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
 from vllm_ffa_fp8fp8.bench.peers import time_peer
 from vllm_ffa_fp8fp8.bench.store import Store, code_fingerprint
 from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
+from vllm_ffa_fp8fp8.environment import stack
 from vllm_ffa_fp8fp8.kernels.decode.tuning import DecodeTuning
 
 
@@ -49,15 +50,7 @@ def parse_tuning(text: str, parameters: type = DecodeTuning) -> dict[str, int]:
 
 def environment() -> dict[str, str]:
     """What figures depend on besides our code."""
-    import triton
-    import vllm
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": vllm.__version__,
-    }
+    return {"gpu": torch.cuda.get_device_name(), **stack()}
 
 
 def sweep(
@@ -80,8 +73,7 @@ def sweep(
             tell(f"read bandwidth {bandwidth / 1e6:.2f} TB/s")
         tell(f"{shape}, {shape.geometry}: {len(missing)} of {len(wanted)} cells to measure")
         for cell, figure in measure(missing, bandwidth, codes, tell if profile else None):
-            figures[cell] = figure
-            store.put(cell, figure)
+            figures[cell] = store.put(cell, figure)
         store.save(shape.geometry)
         torch.cuda.empty_cache()
     return figures

@@ -23,7 +23,13 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Shape,
     plan_cells,
 )
-from vllm_ffa_fp8fp8.bench.store import file_name, read_figures
+from vllm_ffa_fp8fp8.bench.files import file_name
+from vllm_ffa_fp8fp8.bench.store import read_figures
+from vllm_ffa_fp8fp8.commands.bench_options import (
+    add_record_arguments,
+    missing_gpu,
+    tell_conditions,
+)
 
 SHAPES = (
     "1x1024", "1x8192", "1x32768", "1x131072", "8x8192", "8x32768", "8x131072", "32x8192",
@@ -36,7 +42,6 @@ TUNING_FIELDS = (
     "score_bytes",
 )  # fmt: skip
 """Of `DecodeTuning`, which help cannot ask: it needs Triton."""
-FOLDER = Path("plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--fresh", action="store_true", help="measure again what an earlier run measured")
     add("--profile", action="store_true", help="show each kernel's time, too; implies --fresh")
-    add("--folder", type=Path, default=FOLDER, help="for JSON files and plots (default: plot)")
+    add_record_arguments(parser)
     add(
         "--report", nargs="+", type=Path, metavar="JSON",
         help="show what these files hold; measures nothing and needs no GPU",
@@ -109,23 +114,12 @@ def run(options: argparse.Namespace) -> int:
         return 2
 
 
-def missing_gpu() -> str | None:
-    """Why nothing can be measured here, or None."""
-    gpu = environment.find_gpu()
-    if gpu is None:
-        return "this machine has none"
-    if not gpu.has_fp8:
-        return f"{gpu.name} has no FP8"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch does not see it (`ffa-fp8fp8 doctor`)"
-
-
 def measure(options: argparse.Namespace) -> int:
     from vllm_ffa_fp8fp8.bench import sweep
     from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, compiled_kernels
+    from vllm_ffa_fp8fp8.bench.files import make_folder
     from vllm_ffa_fp8fp8.bench.peers import missing_peers
-    from vllm_ffa_fp8fp8.bench.store import Store, make_folder
+    from vllm_ffa_fp8fp8.bench.store import Store
 
     value_dtypes = options.value_dtypes or list(VALUE_BYTES)
     for changes in options.vary:
@@ -138,9 +132,9 @@ def measure(options: argparse.Namespace) -> int:
     cells = [c for c in cells if c.series not in PEERS or not missing_peers(head_size(c))]
     make_folder(options.folder)
     versions = sweep.environment()
-    print(", ".join(f"{name} {value}" for name, value in versions.items()))
+    commit = tell_conditions(options, versions)
     start = time.monotonic()
-    store = Store(options.folder, versions, options.fresh or options.profile)
+    store = Store(options.folder, versions, options.fresh or options.profile, commit)
     try:
         figures = sweep.sweep(
             cells, store, lambda text: print(text, flush=True), profile=options.profile
@@ -209,7 +203,7 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
 
     for geometry in sorted({cell.shape.geometry for cell in figures}):
         own = {cell: figure for cell, figure in figures.items() if cell.shape.geometry == geometry}
-        stem = options.folder / file_name("decode", versions["gpu"], geometry).removesuffix(".json")
+        stem = options.folder / file_name("decode", versions, geometry).removesuffix(".json")
         for path in plot_figures(own, stem, versions["gpu"]):
             print(path)
     return 0

@@ -2,17 +2,20 @@
 layer and rotary kernel and our cache write.
 
 Every way is checked against float64 before it is timed: all tokens of a decode step, tokens from
-all over a prompt.
+all over a prompt. Figures are kept as JSON; each run measures all that it is asked for.
 """
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from vllm_ffa_fp8fp8 import environment
+from vllm_ffa_fp8fp8.bench.files import Records, file_name, make_folder
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
-from vllm_ffa_fp8fp8.commands.bench_decode import missing_gpu
+from vllm_ffa_fp8fp8.commands.bench_options import (
+    add_record_arguments,
+    missing_gpu,
+    tell_conditions,
+)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 DECODE_FIELDS = ("splits", "hidden_block", "stages", "warps", "finish_rows", "shared_memory")
@@ -43,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vary-prefill", nargs="*", default=[], metavar="NAME=VALUE,...",
         help=f"the same of prefill: {', '.join(PREFILL_FIELDS)}",
     )  # fmt: skip
-    add(
-        "--json", type=Path, metavar="FILE",
-        help="keep the figures in this file; without it they are printed only, where bench-decode "
-        "keeps its own under plot/",
-    )  # fmt: skip
+    add_record_arguments(parser)
 
 
 def describe(row: dict) -> str:
@@ -70,22 +69,25 @@ def run(options: argparse.Namespace) -> int:
         return 1
     try:
         check_options(options)
+        from vllm_ffa_fp8fp8.bench import sweep
+
+        versions = sweep.environment()
+        path = options.folder / file_name("kproj", versions)
+        records = Records(path, "bench-kproj", versions)
     except ValueError as error:
         print(error)
         return 2
-    figures = measure(options)
+    measured = measure(options, records, tell_conditions(options, versions))
     print("\nmicroseconds; best of the tunings; speed-ups over unfused")
     print("model tokens    floor   unfused   linear + kernel   one kernel")
-    for row in figures["decode"] + figures["prefill"]:
+    for row in measured:
         print(describe(row))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+    print(records.path)
     return 0
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be measured or kept, before any work."""
-    from vllm_ffa_fp8fp8.bench.store import make_folder
     from vllm_ffa_fp8fp8.bench.sweep import parse_tuning
     from vllm_ffa_fp8fp8.kernels.projection.tuning import (
         MAX_PROJECTED_TOKENS,
@@ -97,8 +99,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--batches are 1 to {MAX_PROJECTED_TOKENS} tokens, not {bad[0]}")
     if bad := [n for n in options.prefill if n < 1]:
         raise ValueError(f"--prefill is 1 token or more, not {bad[0]}")
-    if options.json:
-        make_folder(options.json.parent)
+    make_folder(options.folder)
     for texts, parameters in (
         (options.vary, ProjectionTuning),
         (options.vary_prefill, RopeWriteTuning),
@@ -107,29 +108,34 @@ def check_options(options: argparse.Namespace) -> None:
             parse_tuning(text, parameters)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, records: Records, commit: str) -> list[dict[str, Any]]:
+    """Measures, keeps and returns what the options ask for."""
     import torch
 
-    from vllm_ffa_fp8fp8.bench import projection, sweep
+    from vllm_ffa_fp8fp8.bench import projection
     from vllm_ffa_fp8fp8.bench.store import fingerprint
     from vllm_ffa_fp8fp8.bench.timing import copy_bandwidth, read_bandwidth
 
     bandwidth, copies = read_bandwidth(), copy_bandwidth()
-    code = fingerprint("vllm_ffa_fp8fp8.kernels")
-    figures = {"environment": sweep.environment(), "code": code, "decode": [], "prefill": []}
-    print(figures["environment"], f"read {bandwidth / 1e6:.2f} TB/s, copy {copies / 1e6:.2f} TB/s")
+    print(f"read {bandwidth / 1e6:.2f} TB/s, copy {copies / 1e6:.2f} TB/s")
+    origin = {"code": fingerprint("vllm_ffa_fp8fp8.kernels"), "commit": commit}
+    measured = []
+
+    def keep(phase: str, row: dict[str, Any]) -> None:
+        key = {"phase": phase, "model": row["model"], "tokens": row["tokens"]}
+        measured.append(records.put(key, row | origin))
+        records.save()
+        for name, us in row["us"].items():
+            print(f"{row['model']} {phase} x{row['tokens']} {name}: {us:.1f} us", flush=True)
+
     for model in options.models:
         weights = projection.make_weights(model)
         for batch in options.batches:
             row = projection.bench_decode_step(model, batch, weights, bandwidth, options.vary)
-            figures["decode"].append(row)
-            for name, us in row["us"].items():
-                print(f"{model} x{batch} {name}: {us:.1f} us, error {row['error'][name]:.1e}")
+            keep("decode", row)
         for tokens in options.prefill:
             row = projection.bench_prefill(model, tokens, weights, copies, options.vary_prefill)
-            figures["prefill"].append(row)
-            for name, us in row["us"].items():
-                print(f"{model} prefill of {tokens}, {name}: {us:.1f} us", flush=True)
+            keep("prefill", row)
         del weights
         torch.cuda.empty_cache()
-    return figures
+    return sorted(measured, key=lambda row: row["phase"])

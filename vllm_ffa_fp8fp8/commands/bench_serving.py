@@ -1,8 +1,8 @@
 """`ffa-fp8fp8 bench-serving`: time per output token of a model's shape with dummy weights.
 
 Each variant is an engine in a process of its own. Prompts stay in the prefix cache, so that only
-decode steps are timed. Dummy weights prune nothing by themselves: delta is set so that a wanted
-fraction of the blocks is skipped.
+decode steps are timed. Dummy weights prune nothing by themselves: the threshold is moved in the
+running engine, where no option could, until a wanted fraction of the blocks is kept.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.cells import Geometry, Shape
+from vllm_ffa_fp8fp8.bench.files import file_name, make_folder
 from vllm_ffa_fp8fp8.bench.model_shapes import MODELS, write_model
 from vllm_ffa_fp8fp8.bench.report import console, show_table
 from vllm_ffa_fp8fp8.bench.serving import (
@@ -23,8 +24,8 @@ from vllm_ffa_fp8fp8.bench.serving import (
     notes,
     parse_variant,
 )
-from vllm_ffa_fp8fp8.bench.store import file_name, make_folder
 from vllm_ffa_fp8fp8.commands import engine_process
+from vllm_ffa_fp8fp8.commands.bench_options import add_record_arguments, tell_conditions
 
 ROWS = ("1x32000", "1x120000", "8x32000")
 
@@ -45,12 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fp8-value", action="store_true", help="a variant of FFA_FP8FP8 whose V is fp8, too")
     add("--no-peers", action="store_true", help="leave out FLASH_ATTN with bf16 and fp8 caches")
     add(
-        "--skip", type=float, default=0.9, metavar="RATIO",
-        help="skip ratio to set; 0 leaves delta as it is (default: %(default)s)",
+        "--kept", type=float, default=0.1, metavar="FRACTION",
+        help="fraction of the blocks to keep, for which the benchmark moves the threshold; 1 "
+        "leaves it to the options (default: %(default)s)",
     )  # fmt: skip
     add(
         "--uncounted", action="store_true",
-        help="time FFA_FP8FP8 once more without counting skips, at the same delta",
+        help="time FFA_FP8FP8 once more without counting blocks, at the same threshold",
     )  # fmt: skip
     add("--steps", nargs=2, type=int, default=(8, 72), metavar=("FEW", "MANY"),
         help="output tokens whose times are subtracted (default: 8 72)")  # fmt: skip
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of the GPU's memory for an engine (default: %(default)s)",
     )  # fmt: skip
     add("--fresh", action="store_true", help="time again what an earlier run timed")
-    add("--folder", type=Path, default=Path("plot"), help="for the JSON file (default: plot)")
+    add_record_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,18 +82,15 @@ def run(options: argparse.Namespace) -> int:
         settings, variants = read_options(options, on_gpu)
         device = gpu.name if on_gpu else "CPU"
         model = options.model + (f"-l{options.layers}" if options.layers else "")
-        path = options.folder / file_name("serving", device, model)
+        versions = {"gpu": device, **environment.stack()}
+        path = options.folder / file_name("serving", versions, model)
         make_folder(options.folder)
-        results = Results(path, versions(device), options.fresh)
+        commit = tell_conditions(options, versions)
+        results = Results(path, versions, options.fresh, commit)
     except ValueError as error:
         print(error)
         return 2
     return time_variants(variants, settings, results)
-
-
-def versions(device: str) -> dict[str, str]:
-    packages = {name: environment.version_of(name) for name in ("torch", "triton")}
-    return {"gpu": device, **packages, "vllm": environment.vllm_version()}
 
 
 def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, list[Variant]]:
@@ -103,8 +102,8 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
     room = MODELS[options.model]["max_position_embeddings"] - many
     if too_long := [shape for shape in shapes if shape.seq_len > room]:
         raise ValueError(f"{too_long[0]} is too long: {options.model} has room for {room:,}")
-    if not 0 <= options.skip < 1:
-        raise ValueError(f"--skip is a ratio from 0 to below 1, not {options.skip}")
+    if not 0 < options.kept <= 1:
+        raise ValueError(f"--kept is a fraction above 0 and up to 1, not {options.kept}")
     if options.repeats < 1:
         raise ValueError(f"--repeats is 1 or more, not {options.repeats}")
     if options.layers is not None and options.layers < 1:
@@ -121,7 +120,7 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
     settings = Settings(
         model=options.model,
         rows=tuple((shape.batch, shape.seq_len) for shape in shapes),
-        skip=options.skip or None,
+        kept=options.kept if options.kept < 1 else None,
         steps=(few, many),
         repeats=options.repeats,
         memory=options.memory,
@@ -144,7 +143,7 @@ def time_variants(variants: list[Variant], settings: Settings, results: Results)
                 continue
             job = engine_job(variant, rows, settings, folder, vocab_size)
             try:
-                job["deltas"] = results.deltas(variant, rows, settings)
+                job["thresholds"] = results.thresholds(variant, rows, settings)
             except ValueError as error:
                 screen.print(str(error))
                 failed = True
