@@ -110,12 +110,24 @@ def prefetch_rows(pointers, wanted, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
+def row_tile(rows, columns):
+    """Pointers to `columns` of `rows`, `[ROWS, COLUMNS]`, for rows that begin at multiples of 16
+    bytes, as those of a page do (see `PageLayout`).
+
+    Says so, because compilers forget it on the way (Triton 3.8 where `tl.where` selects pointers),
+    and then move 16 bytes one by one.
+    """
+    tile = rows[:, None] + columns[None, :]
+    return tl.max_contiguous(tl.multiple_of(tile, [1, 16]), [1, 16])
+
+
+@triton.jit
 def load_rows(
     pointers, columns, valid,
     MASKED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
 ):
     """Loads rows of a plane, `[ROWS, HEAD_SIZE_PADDED]`; if MASKED, zero where not `valid`."""
-    pointers = pointers[:, None] + columns[None, :]
+    pointers = row_tile(pointers, columns)
     if MASKED:
         mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]
         rows = tl.load(pointers, mask=mask, other=0.0)
@@ -131,7 +143,7 @@ def load_rows(
 def load_columns(pointers, columns, valid, HEAD_SIZE: tl.constexpr):
     """The rows of `load_rows` as columns, `[HEAD_SIZE_PADDED, ROWS]`."""
     return tl.load(
-        pointers[None, :] + columns[:, None],
+        tl.trans(row_tile(pointers, columns)),
         mask=valid[None, :] & (columns < HEAD_SIZE)[:, None],
         other=0.0,
     )

@@ -12,7 +12,7 @@ from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
 from vllm_ffa_fp8fp8.bench.inputs import Inputs
 from vllm_ffa_fp8fp8.bench.timing import time_graph
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
-from vllm_ffa_fp8fp8.kernels.cache.paged_rows import load_places, tile_pointers
+from vllm_ffa_fp8fp8.kernels.cache.paged_rows import load_places, row_tile, tile_pointers
 from vllm_ffa_fp8fp8.kernels.decode.plan import load_item
 
 CHUNK_BLOCKS = 128
@@ -66,7 +66,7 @@ def _base_read_kernel(
                 TILE,
             )
             exists = (first + tokens // BLOCK_SIZE < count)[:, None] & (columns < ROW_WORDS)
-            sums += tl.load(rows[:, None] + columns[None, :], mask=exists, other=0)
+            sums += tl.load(row_tile(rows, columns), mask=exists, other=0)
     tl.store(sums_ptr + item * tl.num_programs(0) + kv_head, tl.sum(sums))
 
 
