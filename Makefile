@@ -9,10 +9,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test serve doctor lint gpu-test bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo test serve doctor lint tables gpu-test bench-decode bench-serving bench-kproj clean
 
 help:
-	@echo "make setup | demo | test | serve | doctor | lint | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
+	@echo "make setup | demo | test | serve | doctor | lint | tables | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
 	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, ARGS='...' adds arguments."
 
 setup: $(READY)
@@ -36,6 +36,9 @@ gpu-test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+tables: $(READY)
+	@$(BIN)/python scripts/make_tables.py
 
 serve: $(READY)
 	@BIN=$(BIN) PORT=$(PORT) scripts/serve.sh $(MODEL)

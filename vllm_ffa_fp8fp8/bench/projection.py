@@ -22,6 +22,7 @@ from vllm_ffa_fp8fp8.kernels.projection.rope_write import rope_and_write
 from vllm_ffa_fp8fp8.kernels.projection.tuning import (
     ProjectionTuning,
     RopeWriteTuning,
+    largest_projected_batch,
     projection_tuning_on,
     rope_write_tuning,
 )
@@ -175,6 +176,7 @@ def bench_decode_step(model, num_tokens, weights, bandwidth, vary) -> dict:
         "model": model, "hidden_size": bench.hidden_size, "tokens": num_tokens,
         "floor_us": round(floor, 2), "us": rounded(times),
         "error": {name: float(f"{error:.2g}") for name, error in errors.items()},
+        "auto": num_tokens <= largest_projected_batch(bench.hidden_size),
         "tunings": {name: asdict(tuning) for name, tuning in tunings.items()},
     }  # fmt: skip
 
