@@ -153,7 +153,7 @@ def test_hot_blocks_at_two_places_are_two_cells(tmp_path):
     for cell in cells:
         store.put(cell, fake_figure(cell))
     store.save(MAIN)
-    _, figures = read_figures([store.path(MAIN)])
+    ((_, figures),) = read_figures([store.path(MAIN)])
     assert set(figures) == set(cells)
     screen = report.console()
     with screen.capture() as captured:
@@ -175,7 +175,7 @@ def test_what_runs_ahead_is_timed_with_the_peers_too(tmp_path):
     for cell, figure in figures.items():
         store.put(cell, figure)
     store.save(MAIN)
-    assert set(read_figures([store.path(MAIN)])[1]) == set(cells)
+    assert set(read_figures([store.path(MAIN)])[0][1]) == set(cells)
     screen = report.console()
     with screen.capture() as captured:
         report.show_table(screen, report.figure_tables(figures)[0])
@@ -191,7 +191,7 @@ def test_files_from_before_hot_blocks_had_places_are_read(tmp_path):
     path = store.path(MAIN)
     path.write_text(path.read_text().replace(', "hot": "spread", "ahead": "nothing"', ""))
     assert '"hot"' not in path.read_text() and '"ahead"' not in path.read_text()
-    assert set(read_figures([path])[1]) == {cell}
+    assert set(read_figures([path])[0][1]) == {cell}
 
 
 def test_other_geometries_are_compared_with_the_main_one():
@@ -234,7 +234,7 @@ def test_figures_name_the_commit_they_are_of(tmp_path):
         store = Store(tmp_path, ENVIRONMENT, commit=commit)
         assert store.put(cell, fake_figure(cell)).commit == commit
         store.save(MAIN)
-    _, figures = read_figures([store.path(MAIN)])
+    ((_, figures),) = read_figures([store.path(MAIN)])
     assert [figures[cell].commit for cell in cells] == ["abc1234", "def5678"]
     told = report.footnotes(ENVIRONMENT, figures)[0]
     assert told == (
@@ -251,7 +251,7 @@ def test_fresh_figures_replace_old_ones_and_keep_the_others(tmp_path):
     again = Store(tmp_path, ENVIRONMENT, fresh=True)
     again.put(cells[0], fake_figure(cells[0], 0.5))
     again.save(MAIN)
-    _, figures = read_figures([again.path(MAIN)])
+    ((_, figures),) = read_figures([again.path(MAIN)])
     assert figures.keys() == set(cells)
     assert figures[cells[0]].floor_fraction == pytest.approx(0.5, abs=1e-3)
 
@@ -307,10 +307,12 @@ def test_report_takes_every_file_that_the_benchmarks_keep(tmp_path, capsys):
     files = sorted(PLOT.glob("*.json"))
     assert bench("--report", *files, projection, "--folder", tmp_path / "plots") == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
-    others = [path for path in [*files, projection] if not path.name.startswith("decode")]
+    others = [path for path in (*files, projection) if not path.name.startswith("decode")]
     assert [note.partition(" is skipped")[0] for note in notes] == list(map(str, others))
     for path, note in zip(others, notes, strict=True):
-        assert ("bench-serving" if path.name.startswith("serving") else "bench-kproj") in note
+        kind = path.stem.partition("-")[0]
+        names = {"serving": "bench-serving", "kproj": "bench-kproj", "projection": "bench-kproj"}
+        assert note.endswith(f"figures of {names.get(kind, kind)}.")
     assert bench("--report", projection) == 2
     assert "no figures to show" in capsys.readouterr().out
 
@@ -366,9 +368,12 @@ def test_report_says_why_it_cannot_read_a_file(tmp_path, capsys, content, words)
 
 def test_files_of_two_gpus_are_not_mixed(result_file, tmp_path, capsys):
     other = tmp_path / "other.json"
-    other.write_text(result_file.read_text().replace("H100", "H200"))
-    assert bench("--report", result_file, other) == 2
-    assert "other.json is of another GPU" in capsys.readouterr().out
+    other.write_text(result_file.read_text().replace("H100", "H200").replace("3.6", "3.8"))
+    assert bench("--report", result_file, other, "--bars") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("NVIDIA H100 80GB HBM3; torch 2.11, Triton 3.6") == 1
+    assert shown.count("NVIDIA H200 80GB HBM3; torch 2.11, Triton 3.8") == 1
+    assert shown.count("Every output was checked first") == 2
 
 
 def test_a_folder_that_is_a_file_is_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
@@ -392,7 +397,7 @@ def words_of(tables: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_are_whole_on_narrow_terminals(result_file, width):
-    _, figures = read_figures([result_file])
+    ((_, figures),) = read_figures([result_file])
     shown = shown_tables(figures, width, terminal=True)
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
@@ -400,7 +405,7 @@ def test_tables_are_whole_on_narrow_terminals(result_file, width):
 
 
 def test_tables_are_markdown_where_there_is_no_terminal(result_file):
-    _, figures = read_figures([result_file])
+    ((_, figures),) = read_figures([result_file])
     lines = [line for line in shown_tables(figures, 40, terminal=False).splitlines() if "|" in line]
     assert all(line.startswith("|") and line.endswith("|") for line in lines)
     assert "…" not in "".join(lines)

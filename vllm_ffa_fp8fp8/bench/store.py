@@ -101,7 +101,7 @@ class Store:
         if geometry not in self._figures:
             path, figures = self.path(geometry), {}
             if path.is_file():
-                environment, figures = read_figures([path])
+                ((environment, figures),) = read_figures([path])
                 figures = figures if environment == self.environment else {}
             self._figures[geometry] = figures
         return self._figures[geometry]
@@ -123,28 +123,24 @@ def as_record(cell: Cell, figure: Figure) -> dict:
 
 def read_figures(
     paths: Iterable[Path], tell: Callable[[str], None] = print
-) -> tuple[dict[str, str], Figures]:
-    """Environment and figures of result files of one GPU and versions. Files of other benchmarks
-    are told and skipped. Raises ValueError with a file's name and what is wrong with it."""
-    environment, figures = {}, {}
+) -> list[tuple[dict[str, str], Figures]]:
+    """Environment and figures of result files, those of one GPU and stack together. Files of other
+    benchmarks are told and skipped. Raises ValueError with a file's name and what is wrong with
+    it."""
+    found: dict[tuple, tuple[dict[str, str], Figures]] = {}
     for path in paths:
         try:
             content = read_object(path)
             if BENCHMARK in content:
                 tell(f"{path} is skipped: it holds figures of {content[BENCHMARK]}.")
                 continue
-            its_own, found = parse_figures(content)
+            environment, figures = parse_figures(content)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{path} holds no figures of bench-decode: {reason}") from error
-        if environment and its_own != environment:
-            raise ValueError(
-                f"{path} is of another GPU or of other versions than the files before it, "
-                f"{its_own}, not {environment}: report them apart"
-            )
-        environment = its_own
-        figures |= found
-    return environment, figures
+        of_its_stack = found.setdefault(tuple(environment.items()), (environment, {}))
+        of_its_stack[1].update(figures)
+    return list(found.values())
 
 
 def parse_figures(content: dict) -> tuple[dict[str, str], Figures]:

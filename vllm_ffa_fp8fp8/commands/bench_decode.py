@@ -102,8 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     try:
         if options.report:
-            versions, figures = read_figures(options.report)
-            return show(options, versions, figures)
+            sources = read_figures(options.report)
+            if not sources:
+                raise ValueError("There are no figures to show.")
+            return max(show(options, *source) for source in sources)
         if problem := missing_gpu():
             print(f"bench-decode measures on an NVIDIA GPU: {problem}.")
             print("--report FILE.json shows figures of an earlier run.")
@@ -183,8 +185,6 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
     """Tables, and pictures where matplotlib is installed."""
     from vllm_ffa_fp8fp8.bench import report
 
-    if not figures:
-        raise ValueError("There are no figures to show.")
     console = report.console()
     if not options.bars:
         for table in report.figure_tables(figures):
