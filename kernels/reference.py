@@ -153,19 +153,22 @@ def decode_attention_reference(
     block_size: int,
     scale: float,
     delta: torch.Tensor | None,
+    query_start_loc: torch.Tensor | None = None,
     min_context: int = 0,
     anchor_tokens: int = 16,
     precomputed_threshold: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`decode_attention` in PyTorch, in `dtype`; every length is 0 or at least query_len.
+    """`decode_attention` in PyTorch, in `dtype`; every length is 0 or at least that of the query.
 
     Returns the output, shaped like `query`, in `dtype` and, for each request, which blocks each KV
     head kept, bool `[num_kv_heads, num_blocks]`.
     """
     num_reqs, num_kv_heads = seq_lens.shape[0], planes.num_kv_heads
-    query_len = query.shape[0] // num_reqs
+    if query_start_loc is None:
+        query_start_loc = torch.arange(num_reqs + 1) * (query.shape[0] // num_reqs)
+    starts = query_start_loc.tolist()
     scale_log2 = scale * math.log2(math.e)
     output = torch.zeros(query.shape, dtype=dtype, device=query.device)
     kept_blocks = []
@@ -173,7 +176,9 @@ def decode_attention_reference(
         num_blocks = -(-seq_len // block_size)
         keep = torch.ones(num_kv_heads, num_blocks, dtype=torch.bool, device=query.device)
         kept_blocks.append(keep)
-        if seq_len == 0:
+        new = slice(starts[request], starts[request + 1])
+        query_len = new.stop - new.start
+        if seq_len == 0 or query_len == 0:
             continue
         pages = block_table[request, : -(-seq_len // planes.page_size)]
         base = _tokens(planes.key, pages, seq_len)
@@ -181,7 +186,6 @@ def decode_attention_reference(
         exponent = _tokens(planes.key_exponent, pages, seq_len)
         value = _tokens(planes.value, pages, seq_len)
         value_exponent = _tokens(planes.value_exponent, pages, seq_len)
-        new = slice(request * query_len, (request + 1) * query_len)
         rows = _group_rows(query[new].to(dtype), num_kv_heads)
         unseen = _unseen(seq_len, query_len, rows.shape[1], query.device)
         margin = math.inf if delta is None else float(delta[request % delta.shape[0]])

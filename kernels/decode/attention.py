@@ -29,6 +29,8 @@ def decode_attention(
     *,
     scale: float,
     delta: torch.Tensor | None,
+    query_start_loc: torch.Tensor | None = None,
+    query_len: int | None = None,
     min_context: int = 0,
     precomputed_threshold: torch.Tensor | bool = False,
     counters: torch.Tensor | None = None,
@@ -45,9 +47,8 @@ def decode_attention(
     One launch (two with `precomputed_threshold=True`), no synchronisation: fit for CUDA graphs.
 
     Args:
-        query: `[num_reqs * query_len, num_heads, head_size]`, float16 or bfloat16: the last
-            `query_len` tokens of every request, which see their past and themselves; at most
-            MAX_QUERY_ROWS rows a KV head.
+        query: `[num_tokens, num_heads, head_size]`, float16 or bfloat16: the newest tokens of
+            every request, which see their past and themselves.
         planes: the cache; see `PageLayout.split`.
         block_table: int32 `[num_reqs, max_pages]`.
         seq_lens: int32 `[num_reqs]`, query tokens included; 0 is a padding row, whose output
@@ -56,24 +57,31 @@ def decode_attention(
         scratch: for the plan's limits.
         output: like `query`; written.
         scale: factor on q . k, natural units (1 / sqrt(head_size) as a rule).
+        query_start_loc: int32 `[num_reqs + 1]`: where the tokens of every request begin in
+            `query`, up to `query_len` of them, none in padding rows; None: all have as many.
+        query_len: the most query tokens of a request, at most MAX_QUERY_ROWS rows a KV head;
+            None: as `query` has without `query_start_loc`.
         delta: float32 `[num_reqs]` or `[1]`, log2 units, inf for no pruning; None: no request
             is pruned.
         min_context: requests with fewer tokens run unpruned.
-        precomputed_threshold: a tensor: thresholds, float32 `[num_reqs * query_len, num_heads]`,
+        precomputed_threshold: a tensor: thresholds, float32 `[num_tokens, num_heads]`,
             contiguous, log2 units, in use where `delta` is finite and the request not shorter than
             `min_context`; True: compute them in a kernel of their own; False: in every program.
         counters: int64 `[2]`, to which kept and all blocks are added.
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
             launch, from compute capability 9.0 on; no effect elsewhere, nor where nothing is
             pruned and a program has a multiprocessor for itself). That kernel may write all that
-            this one reads except `plan` and `block_table`, and lets this one start, if at all, only
+            this one reads except `plan`, `block_table` and `query_start_loc`, and lets this one start, if at all, only
             after it has itself waited for the kernels before it, as those here do.
     """
     num_heads, head_size = query.shape[1:]
     num_reqs = seq_lens.shape[0]
-    query_len = query.shape[0] // num_reqs
     limits, tuning = plan.limits, plan.limits.tuning_of(num_reqs)
-    assert query.shape[0] == num_reqs * query_len and query_len <= limits.query_len
+    if query_start_loc is None:
+        query_len = query.shape[0] // num_reqs
+        assert query.shape[0] == num_reqs * query_len
+    assert query_len is not None and query_len <= limits.query_len
+    assert query_start_loc is None or query_start_loc.shape == (num_reqs + 1,)
     num_kv_heads = planes.num_kv_heads
     group = num_heads // num_kv_heads
     rows = triton.next_power_of_2(group * query_len)
@@ -121,14 +129,15 @@ def decode_attention(
         assert threshold.dtype == torch.float32
     elif precomputed_threshold and delta is not None:
         decode_threshold_kernel[(num_reqs, num_kv_heads)](
-            threshold, query, planes.key, exponent, block_table, seq_lens, delta, scale_log2,
+            threshold, query, planes.key, exponent, block_table, seq_lens, query_start_loc,
+            delta, scale_log2,
             delta_stride, query.stride(0), query.stride(1), block_table.stride(0),
             *planes.key.stride()[:2], *exponent_strides, num_warps=4, **common,
         )
     decode_kernel[(num_kv_heads, plan.num_items)](
         output, scratch.partial_output, scratch.partial_lse, scratch.scores, plan.arrivals,
         counters, query, planes.key, residual, exponent, planes.value, value_exponent, block_table,
-        plan.work, threshold, delta, scale_log2, min_context, delta_stride,
+        plan.work, query_start_loc, threshold, delta, scale_log2, min_context, delta_stride,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1),
         block_table.stride(0), *planes.key.stride()[:2],
         *(residual.stride()[:2] if residual is not None else (0, 0)),

@@ -8,7 +8,7 @@ from .attend import attend_blocks, narrow, num_kept, raise_reference
 from .early import prefetch_scan
 from .merge import merge_items
 from .plan import load_item
-from .query import load_query, query_rows, split_query
+from .query import load_query, query_rows, query_span, split_query
 from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
 
 
@@ -28,6 +28,7 @@ def decode_kernel(
     value_exponent_ptr,
     block_table_ptr,
     work_ptr,
+    query_start_loc_ptr,
     threshold_ptr,
     delta_ptr,
     scale_log2,
@@ -94,8 +95,8 @@ def decode_kernel(
         return
     ROWS: tl.constexpr = GROUP * QUERY_LEN
     columns = tl.arange(0, HEAD_SIZE_PADDED)
-    row_tokens, row_heads, row_exists = query_rows(GROUP, QUERY_LEN, ROWS_PADDED)
-    token = request.to(tl.int64) * QUERY_LEN
+    token, query_len = query_span(query_start_loc_ptr, request, QUERY_LEN)
+    row_tokens, row_heads, row_exists = query_rows(query_len, GROUP, ROWS_PADDED)
     first_head = kv_head * GROUP
     output_place = (token + row_tokens) * output_stride_token
     output_place += (first_head + row_heads) * output_stride_head
@@ -129,10 +130,11 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
     query = load_query(
         query_ptr + token * query_stride_token + first_head * query_stride_head,
-        query_stride_token, query_stride_head, columns,
-        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS,
+        query_stride_token, query_stride_head, query_len, columns,
+        GROUP, ROWS_PADDED, HEAD_SIZE, PARTS,
     )
-    limits = seq_len - QUERY_LEN + 1 + row_tokens
+    seen_by_all = seq_len - query_len + 1
+    limits = seen_by_all + row_tokens
     # loads first, so that they wait for memory together
     if PRUNE:
         delta = tl.load(delta_ptr + request * delta_stride)
@@ -143,7 +145,7 @@ def decode_kernel(
         )
     query, factor = split_query(query, scale_log2, ROWS_PADDED, PARTS, DTYPE)
     place = (item * NUM_KV_HEADS + kv_head).to(tl.int64)
-    newest_block = (seq_len - QUERY_LEN) // BLOCK_SIZE
+    newest_block = (seq_len - query_len) // BLOCK_SIZE
     if PRUNE:
         scores_ptr += place * (CHUNK_BLOCKS * BLOCK_SIZE * ROWS)
         delta = tl.where(seq_len < min_context, float("inf"), delta)
@@ -182,10 +184,10 @@ def decode_kernel(
         if PRUNE:
             kept, kept_late, largest = scan_blocks(
                 query, factor, limits, threshold,
-                first_block, num_items, chunk_blocks, seq_len, newest_block, places,
+                first_block, num_items, chunk_blocks, seq_len, seen_by_all, newest_block, places,
                 scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
-                KEY_STRIDE, QUERY_LEN, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE,
-                BLOCK_SIZE, UNIT, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT,
+                KEY_STRIDE, ROWS, ROWS_PADDED, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, BLOCK_SIZE,
+                UNIT, CHUNK_BLOCKS, TILE_BLOCKS, WHOLE_PAGES, PARTS, HAS_EXPONENT,
                 DTYPE, SCAN_STAGES,
             )
             if not RAISE:
@@ -244,7 +246,7 @@ def decode_kernel(
                 partial_output_ptr + first_place * (ROWS * HEAD_SIZE),
                 partial_lse_ptr + first_place * ROWS, num_items,
                 NUM_KV_HEADS * ROWS * HEAD_SIZE, NUM_KV_HEADS * ROWS,
-                output_stride_token, output_stride_head,
-                GROUP, QUERY_LEN, HEAD_SIZE, HEAD_SIZE_PADDED, MERGE_ROWS, MERGE_SLOTS,
+                output_stride_token, output_stride_head, query_len,
+                GROUP, HEAD_SIZE, HEAD_SIZE_PADDED, MERGE_ROWS, MERGE_SLOTS,
             )
             tl.store(arrivals_ptr, 0)  # for the next launch

@@ -11,25 +11,37 @@ elements of at most 2^8, becomes at most 2^8."""
 
 
 @triton.jit
-def query_rows(GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.constexpr):
+def query_span(query_start_loc_ptr, request, QUERY_LEN: tl.constexpr):
+    """A request's first query token, int64, and how many it has, at most QUERY_LEN; exactly
+    QUERY_LEN without `query_start_loc_ptr`."""
+    first = request.to(tl.int64) * QUERY_LEN
+    query_len = tl.full([], QUERY_LEN, tl.int32)
+    if query_start_loc_ptr is not None:
+        start = tl.load(query_start_loc_ptr + request)
+        query_len = tl.load(query_start_loc_ptr + request + 1) - start
+        first = start.to(tl.int64)
+    return first, query_len
+
+
+@triton.jit
+def query_rows(query_len, GROUP: tl.constexpr, ROWS_PADDED: tl.constexpr):
     """Of each row `[ROWS_PADDED]`: its token of the request's newest, its head of the group, and
     whether it exists."""
     rows = tl.arange(0, ROWS_PADDED)
-    return rows // GROUP, rows % GROUP, rows < GROUP * QUERY_LEN
+    return rows // GROUP, rows % GROUP, rows < GROUP * query_len
 
 
 @triton.jit
 def load_query(
-    query_ptr, stride_token, stride_head, columns,
-    GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr,
+    query_ptr, stride_token, stride_head, query_len, columns,
+    GROUP: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr,
 ):
     """The query as it is, PARTS times, `[PARTS * ROWS_PADDED, HEAD_SIZE_PADDED]`."""
     rows = tl.arange(0, PARTS * ROWS_PADDED) % ROWS_PADDED
     places = rows // GROUP * stride_token + rows % GROUP * stride_head
     return tl.load(
         query_ptr + places[:, None] + columns[None, :],
-        mask=(rows < GROUP * QUERY_LEN)[:, None] & (columns < HEAD_SIZE)[None, :],
+        mask=(rows < GROUP * query_len)[:, None] & (columns < HEAD_SIZE)[None, :],
         other=0.0,
     )
 

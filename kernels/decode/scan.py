@@ -10,7 +10,7 @@ from ..cache.paged_rows import (
     tile_scales,
     token_pointers,
 )
-from .query import dot_query, load_query, query_rows, split_query
+from .query import dot_query, load_query, query_rows, query_span, split_query
 
 
 @triton.jit
@@ -93,11 +93,10 @@ def anchor_threshold(
 @triton.jit
 def scan_blocks(
     query, factor, limits, threshold,
-    first_block, step, num_blocks, seq_len, newest_block, places,
+    first_block, step, num_blocks, seq_len, seen_by_all, newest_block, places,
     scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
-    KEY_STRIDE: tl.constexpr, QUERY_LEN: tl.constexpr, ROWS: tl.constexpr,
-    ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
     CHUNK_BLOCKS: tl.constexpr, TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr,
     PARTS: tl.constexpr, HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -105,7 +104,7 @@ def scan_blocks(
     after it, in tiles of TILE_BLOCKS.
 
     `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many
-    tokens of the request a query row sees. A block is kept if one of its tokens reaches
+    tokens of the request a query row sees, `seen_by_all` the least of them. A block is kept if one of its tokens reaches
     `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
 
     Writes the scores of kept blocks, log2 units, to `scores[index, token, row]`.
@@ -147,7 +146,7 @@ def scan_blocks(
         ).to(DTYPE)
         scores = dot_query(key, query, PARTS, ROWS_PADDED)
         scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
-        if block * BLOCK_SIZE + last_row > seq_len - QUERY_LEN + 1:
+        if block * BLOCK_SIZE + last_row > seen_by_all:
             scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
         largest = tl.maximum(largest, scores)
         above = (scores >= threshold[None, :]).to(tl.int32)
@@ -179,6 +178,7 @@ def decode_threshold_kernel(
     exponent_ptr,
     block_table_ptr,
     seq_lens_ptr,
+    query_start_loc_ptr,
     delta_ptr,
     scale_log2,
     delta_stride,
@@ -209,9 +209,9 @@ def decode_threshold_kernel(
     if seq_len == 0:
         return
     columns = tl.arange(0, HEAD_SIZE_PADDED)
-    token = request.to(tl.int64) * QUERY_LEN
-    row_tokens, row_heads, exists = query_rows(GROUP, QUERY_LEN, ROWS_PADDED)
-    limits = seq_len - QUERY_LEN + 1 + row_tokens
+    token, query_len = query_span(query_start_loc_ptr, request, QUERY_LEN)
+    row_tokens, row_heads, exists = query_rows(query_len, GROUP, ROWS_PADDED)
+    limits = seq_len - query_len + 1 + row_tokens
     if HAS_EXPONENT:
         exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
     pages = load_anchor_pages(
@@ -225,8 +225,8 @@ def decode_threshold_kernel(
     )
     query = load_query(
         query_ptr + token * query_stride_token + kv_head * GROUP * query_stride_head,
-        query_stride_token, query_stride_head, columns,
-        GROUP, QUERY_LEN, ROWS_PADDED, HEAD_SIZE, PARTS,
+        query_stride_token, query_stride_head, query_len, columns,
+        GROUP, ROWS_PADDED, HEAD_SIZE, PARTS,
     )
     query, factor = split_query(query, scale_log2, ROWS_PADDED, PARTS, DTYPE)
     threshold = anchor_threshold(

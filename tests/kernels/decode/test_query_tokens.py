@@ -126,3 +126,40 @@ def test_the_budget_rejects_wrong_outputs(dtype):
         with pytest.raises(AssertionError):
             assert_within_budget(output, exact, plain)
             pytest.fail(f"{name} is within the budget", pytrace=False)
+
+
+@pytest.mark.parametrize("threshold", [False, True])
+@pytest.mark.parametrize(
+    "query_lens, group, dtype, block_size, lengths",
+    [
+        ((5, 1, 3, 0), 4, BFLOAT, 16, (130, 197, 66, 0)),
+        ((1, 2, 0, 1), 7, BFLOAT, 32, (1, 161, 0, 64)),  # the first has one token in all
+        ((2, 4, 1), 8, HALF, 64, (129, 4, 300)),
+    ],
+)
+def test_uneven_query_tokens(device, query_lens, group, dtype, block_size, lengths, threshold):
+    """Each request its own number, as if each were alone: later tokens of others are no rows."""
+    most = max(query_lens)
+    lengths = tuple(max(length, most) if length else 0 for length in lengths)
+    lengths += (4097, 1777) if device == "cuda" else ()
+    query_lens += (1, most) if device == "cuda" else ()
+    full = make_batch(Case(lengths, 64, group, 2, dtype, 64, block_size, query_len=most))
+    picked = [
+        request * most + most - length + token
+        for request, length in enumerate(query_lens)
+        for token in range(length)
+    ]
+    batch = dataclasses.replace(full, qkv=full.qkv[picked])
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    delta = choose_delta(full)
+    exact, kept = reference(batch, delta, query_start_loc=starts)
+    uneven = {"query_start_loc": starts.to(device), "query_len": most}
+    output, counters = run_decode(batch, device, delta, precomputed_threshold=threshold, **uneven)
+    assert counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
+    assert counters[0] < counters[1]
+    assert_within_budget(output, exact, plain_attention(full, kept)[picked])
+    dense, everything = reference(full, None)
+    exact, _ = reference(batch, None, query_start_loc=starts)
+    assert torch.allclose(exact, dense[picked], atol=1e-12)
+    output, _ = run_decode(batch, device, None, **uneven)
+    assert_within_budget(output, exact, plain_attention(full, everything)[picked])
