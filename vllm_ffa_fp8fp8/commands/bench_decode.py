@@ -197,7 +197,7 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
         return 0
     if not environment.version_of("matplotlib"):
         install = environment.install_command("bench")
-        console.print(f"No plots without matplotlib: {install} in the clone.")
+        console.print(f"No plots without matplotlib: {install}")
         return 0
     from vllm_ffa_fp8fp8.bench.plot import plot_figures
 

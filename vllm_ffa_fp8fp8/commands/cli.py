@@ -21,14 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     from vllm_ffa_fp8fp8.commands import bench_decode, bench_kproj, bench_serving, demo, doctor
 
     parser = argparse.ArgumentParser(prog="ffa-fp8fp8", description=DESCRIPTION)
-    version = environment.version_of("vllm-ffa-fp8fp8") or "(not installed)"
-    parser.add_argument("--version", action="version", version=f"vllm-ffa-fp8fp8 {version}")
+    version = environment.version_of(environment.PROJECT) or "(not installed)"
+    parser.add_argument("--version", action="version", version=f"{environment.PROJECT} {version}")
     names = "doctor|demo|bench-decode|bench-serving|bench-kproj"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
-    commands.add_parser("doctor", help=DOCTOR, description=DOCTOR).set_defaults(
-        run=lambda options: doctor.main()
-    )
     for name, module, description in (
+        ("doctor", doctor, DOCTOR),
         ("demo", demo, DEMO),
         ("bench-decode", bench_decode, BENCH_DECODE),
         ("bench-serving", bench_serving, BENCH_SERVING),
@@ -39,7 +37,3 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     return options.run(options)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,10 +1,12 @@
 """`ffa-fp8fp8 doctor`: what is there, which path would run, what is missing and what to do."""
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import yaml
 from rich.console import Console
@@ -12,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_ffa_fp8fp8 import environment, envs
-from vllm_ffa_fp8fp8.environment import GPU, install_command
+from vllm_ffa_fp8fp8.commands.repair import repair
+from vllm_ffa_fp8fp8.environment import GPU, MEASURED_STACKS, install_command
 from vllm_ffa_fp8fp8.integration.compat import SUPPORTED_VLLM, unsupported_vllm
 from vllm_ffa_fp8fp8.integration.refusals import MIN_COMPUTE_CAPABILITY
 
@@ -23,6 +26,11 @@ ENTRY_POINTS = {
     "vllm.platform_plugins": "vllm_ffa_fp8fp8.plugin:register_early",
 }
 OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
+OTHER_TRITONS = {
+    "3.6": "older figures say that decode is as fast as with the measured ones",
+    "3.9": "the kernels compile to loads as wide as with the measured ones, but were not timed",
+}
+"""What is known of a Triton that no measured stack has."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,29 @@ class Finding:
     advice: str = ""
 
 
-def main() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    parser.add_argument(
+        "--repair", action="store_true",
+        help="first repair what vLLM's CPU build leaves wrong: uninstall a torchvision, torchaudio "
+        "or torchcodec that does not import, and say which version `vllm` has",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table says what matters
+    if options.repair:
+        try:
+            repair()
+        except importlib.metadata.PackageNotFoundError:
+            print("Nothing to repair: vLLM's CPU build is not installed here.")
+            return 1
     findings = list(examine())
-    Console().print(as_table(findings))
     missing = [finding.subject for finding in findings if finding.status == MISSING]
+    if options.json:
+        print(json.dumps({"ready": not missing, "findings": list(map(asdict, findings))}, indent=1))
+        return 1 if missing else 0
+    Console().print(as_table(findings))
     print(f"Not ready: {', '.join(missing)}." if missing else "Ready.")
     return 1 if missing else 0
 
@@ -48,6 +74,8 @@ def examine() -> Iterator[Finding]:
     missing = [part for part in parts if part.status == MISSING]
     yield check_python()
     yield from parts
+    if not missing:
+        yield check_stack(gpu)
     yield blocked("prefill", missing) if missing else check_flash_attention(gpu)
     yield blocked("decode", missing) if missing else Finding("decode", OK, decode_path(gpu))
     yield check_entry_points()
@@ -113,6 +141,29 @@ def check_triton(gpu: GPU | None) -> Finding:
     return Finding("triton", OK, version)
 
 
+def check_stack(gpu: GPU | None) -> Finding:
+    """Whether the figures of README and docs are of what is installed."""
+    subject, found = "stack", environment.stack_of(environment.stack())
+    if not uses_cuda(gpu):
+        return Finding(subject, OK, f"{found}: not measured on the CPU")
+    if found in MEASURED_STACKS:
+        return Finding(subject, OK, f"{found}: measured")
+    measured = {stack.triton for stack in MEASURED_STACKS}
+    if found.triton in measured:
+        expected = "the kernels were measured with this Triton, but beside another vLLM or torch"
+    else:
+        expected = OTHER_TRITONS.get(found.triton, f"speed unknown: {check_speed()}")
+    stacks = "; ".join(map(str, MEASURED_STACKS))
+    return Finding(subject, WARNING, f"{found}: not measured", f"{expected}. Measured: {stacks}")
+
+
+def check_speed() -> str:
+    """What shows how fast the kernels are with an unknown compiler."""
+    if environment.find_clone():
+        return "`make check-compiled` shows what a Triton makes of the kernels"
+    return "`ffa-fp8fp8 bench-decode --shapes 8x32768` times it here"
+
+
 def check_vllm(gpu: GPU | None) -> Iterator[Finding]:
     version = environment.vllm_version()
     install = install_vllm(gpu)
@@ -135,13 +186,13 @@ def check_vllm(gpu: GPU | None) -> Iterator[Finding]:
         yield Finding("vLLM", OK, f"{version}, {build}")
     if not environment.is_cpu_build():
         return
-    repair = "python scripts/prepare_cpu.py in the clone"
+    advice = "ffa-fp8fp8 doctor --repair"
     if environment.version_of("vllm") is None:
         found = "will not start: no distribution is named vllm"
-        yield Finding("vllm serve", WARNING, found, repair)
+        yield Finding("vllm serve", WARNING, found, advice)
     _, problem = environment.import_module("transformers.modeling_utils")
     if problem:
-        advice = f"often a CUDA build of torchvision beside torch's CPU build; {repair}"
+        advice = f"often a CUDA build of torchvision beside torch's CPU build; {advice}"
         yield Finding("transformers", MISSING, f"does not import: {problem}", advice)
 
 
@@ -155,21 +206,21 @@ def check_flash_attention(gpu: GPU | None) -> Finding:
         return Finding(subject, OK, f"FlashAttention {version} of vLLM")
     if extra := environment.version_of("flash-attn"):
         return Finding(subject, OK, f"flash-attn {extra}")
-    advice = f"{install_command('flash-attn')} in the clone"
-    return Finding(subject, MISSING, problem or "vLLM has no FlashAttention here", advice)
+    found = problem or "vLLM has no FlashAttention here"
+    return Finding(subject, MISSING, found, install_command("flash-attn"))
 
 
 def check_entry_points() -> Finding:
     subject = "plugin"
     for group, value in ENTRY_POINTS.items():
         if value not in {point.value for point in importlib.metadata.entry_points(group=group)}:
-            advice = "pip install --no-deps -e . in the clone"
-            return Finding(subject, MISSING, f"vLLM sees no entry point in {group}", advice)
+            found = f"vLLM sees no entry point in {group}"
+            return Finding(subject, MISSING, found, install_again())
     allowed, variable = envs.plugins(), envs.PLUGINS_VARIABLE
     if allowed is not None and "ffa_fp8fp8" not in allowed:
         advice = f"add ffa_fp8fp8 to {variable}, or unset it"
         return Finding(subject, MISSING, f"{variable}={','.join(allowed)}", advice)
-    return Finding(subject, OK, f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}")
+    return Finding(subject, OK, f"vllm-ffa-fp8fp8 {environment.version_of(environment.PROJECT)}")
 
 
 def check_options(gpu: GPU | None) -> Finding:
@@ -206,15 +257,20 @@ def dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
+def install_again() -> str:
+    if clone := environment.find_clone():
+        return f"pip install --no-deps -e {clone}"
+    return "install the wheel with pip: entry points are part of its metadata"
+
+
 def install_vllm(gpu: GPU | None) -> str:
-    extra = "cuda" if is_usable(gpu) else "cpu"
-    return f"make setup EXTRA={extra}, or {install_command(extra)} in the clone"
+    return install_command("cuda" if is_usable(gpu) else "cpu")
 
 
 def instead_of_cuda_build() -> str:
     """What to do where the CUDA build of vLLM, if it is there, cannot run."""
     remove = "pip uninstall vllm, then " if environment.version_of("vllm") else ""
-    return f"install the CPU build: {remove}{install_command('cpu')} in the clone"
+    return f"install the CPU build: {remove}{install_command('cpu')}"
 
 
 def as_table(findings: list[Finding]) -> Table:
