@@ -66,14 +66,17 @@ def build(config, query_lens: list[int], seq_lens: list[int], **more):
     [
         (None, [1, 1, 1], 3, 1),
         (None, [1, 1, 7], 2, 1),
-        (None, [5, 5], 0, 0),  # short prompts
+        (None, [5, 5], 0, 1),  # short prompts
+        (None, [1, 1, 0], 3, 1),
         (4, [5, 5, 5], 3, 5),
         (4, [5, 5, 0], 3, 5),  # a padding row of a graph
         (4, [1, 1, 1], 3, 1),  # nothing was drafted
-        (4, [5, 5, 1, 300], 2, 5),  # the third runs as a prefill
-        (4, [3, 5, 5], 1, 3),
-        (4, [6, 6], 0, 0),
-        (8, [9, 9], 0, 0),  # more than the decode kernel takes
+        (4, [5, 5, 1, 300], 3, 5),
+        (4, [3, 5, 5], 3, 5),
+        (4, [2, 1, 0, 0], 4, 5),
+        (4, [1, 1, 250], 2, 5),
+        (4, [6, 6], 0, 5),
+        (8, [9, 9], 0, 1),  # more than the decode kernel takes
         (8, [1, 1, 9], 2, 1),
     ],
 )
@@ -83,6 +86,11 @@ def test_decodes_and_prefills(num_drafts, query_lens, num_decodes, query_len):
     assert (metadata.num_decodes, metadata.query_len) == (num_decodes, query_len)
     assert metadata.seq_lens.tolist() == seq_lens[:num_decodes]
     assert len(metadata.block_table) == num_decodes
+    if query_len == 1:  # a row each, padding requests of a graph too
+        assert metadata.query_start_loc is None and metadata.num_decode_tokens == num_decodes
+    else:
+        assert metadata.query_start_loc.diff().tolist() == query_lens[:num_decodes]
+        assert metadata.num_decode_tokens == sum(query_lens[:num_decodes])
     if num_decodes == len(query_lens):
         assert metadata.prefill is None
         return
@@ -116,6 +124,7 @@ def test_graphs_of_drafts_are_promised_where_the_kernel_takes_them(config, query
         else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
     assert support == expected
+    assert FFAFP8FP8MetadataBuilder.get_varlen_cudagraph_max_query_len(config, SPEC) == query_len
     builder = FFAFP8FP8MetadataBuilder(SPEC, ["layers.0"], config, torch.device("cpu"))
     assert builder.reorder_batch_threshold == query_len
 

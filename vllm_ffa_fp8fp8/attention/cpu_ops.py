@@ -38,7 +38,7 @@ class CpuOps:
 
     def decode(
         self,
-        query: torch.Tensor,  # [num_decodes * query_len, num_heads, head_size]
+        query: torch.Tensor,  # [num_decode_tokens, num_heads, head_size]
         planes: KVPlanes,
         metadata: FFAFP8FP8Metadata,
         delta: torch.Tensor | None,
@@ -52,6 +52,7 @@ class CpuOps:
             block_size=metadata.block_size,
             scale=self.impl.scale,
             delta=delta,
+            query_start_loc=metadata.query_start_loc,
             min_context=self.impl.config.min_context,
             counters=self.impl.counters,
         )

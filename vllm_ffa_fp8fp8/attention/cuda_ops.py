@@ -108,7 +108,7 @@ class CudaOps:
 
     def decode(
         self,
-        query: torch.Tensor,  # [num_decodes * query_len, num_heads, head_size]
+        query: torch.Tensor,  # [num_decode_tokens, num_heads, head_size]
         planes: KVPlanes,
         metadata: FFAFP8FP8Metadata,
         delta: torch.Tensor | None,
@@ -124,6 +124,8 @@ class CudaOps:
             output,
             scale=self.impl.scale,
             delta=delta,
+            query_start_loc=metadata.query_start_loc,
+            query_len=metadata.query_len,
             min_context=self.impl.config.min_context,
             precomputed_threshold=self.impl.config.precomputed_threshold,
             counters=self.impl.counters,

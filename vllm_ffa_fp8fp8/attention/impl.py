@@ -105,7 +105,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             self.ops.reserve_scratch()
             return output.fill_(0)
         planes = self.planes(kv_cache)
-        num_decode_tokens = attn_metadata.num_decodes * attn_metadata.query_len
+        num_decode_tokens = attn_metadata.num_decode_tokens
         if num_decode_tokens:
             delta = None if self.is_dense else attn_metadata.delta
             new = slice(num_decode_tokens)

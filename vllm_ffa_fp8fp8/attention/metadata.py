@@ -54,7 +54,9 @@ class FFAFP8FP8Metadata(AttentionMetadata):
     """One step's batch, the same for all layers of a KV cache group."""
 
     num_decodes: int
-    query_len: int  # tokens of each decode, the same for all
+    num_decode_tokens: int
+    query_len: int  # the most tokens of a decode
+    query_start_loc: torch.Tensor | None  # int32 [num_decodes + 1]; None: all decodes have one
     num_actual_tokens: int
     seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
     block_table: torch.Tensor  # int32 [num_decodes, max_pages]
@@ -73,6 +75,11 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         if decode_query_len(vllm_config) > 1:
             return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config, kv_cache_spec) -> int:
+        """A graph of a batch with drafts takes each request's number of them from the device."""
+        return decode_query_len(vllm_config)
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -101,18 +108,25 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         common = common_attn_metadata
         if common.causal is not True:
             refuse("non-causal attention", OTHER_BACKEND)
-        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold, require_uniform=True
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
         )
-        # the first request is no padding; those of other lengths than its are prefills
-        query_len = int(common.query_start_loc_cpu[1]) if num_decodes else 0
+        # two widths, so that few kernels are compiled: a token each, or as many as there can be
+        query_len, query_start_loc = 1, None
+        if min(self.reorder_batch_threshold, common.max_query_len) > 1:
+            query_len = self.reorder_batch_threshold
+            query_start_loc = common.query_start_loc[: num_decodes + 1]
+        else:
+            num_decode_tokens = num_decodes  # padding requests of a graph have a row each
         seq_lens = common.seq_lens[:num_decodes]
         plan = None
         if self.plan is not None and num_decodes:
             plan = self.plan.update(seq_lens)
         return FFAFP8FP8Metadata(
             num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
             query_len=query_len,
+            query_start_loc=query_start_loc,
             num_actual_tokens=common.num_actual_tokens,
             seq_lens=seq_lens,
             block_table=common.block_table_tensor[:num_decodes],
