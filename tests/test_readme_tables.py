@@ -57,7 +57,7 @@ def test_the_newest_stack_is_shown_and_the_others_beside_it(tmp_path):
     assert published.newest(DECODE).environment == NEW
     row = "| 8 x 32,768 | 0.10 | 120.0 | - | 300.0 | - |"
     assert row in TABLES["decode"](published)
-    told = "NVIDIA H100; torch 2.14.0, Triton 3.10.0, vLLM 0.33.0 (not together what pip installs)"
+    told = "NVIDIA H100; torch 2.14.0, Triton 3.10.0, vLLM 0.33.0 (not a stack that pip installs)"
     assert f"{told}; commit abc1234." in TABLES["decode"](published)
     stacks = TABLES["decode-stacks"](published)
     assert "| vLLM 0.33.0, Triton 3.10.0 | vLLM 0.32.0, Triton 3.7.1 | FA3 bf16 |" in stacks

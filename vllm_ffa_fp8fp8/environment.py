@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 PROJECT = "vllm-ffa-fp8fp8"
+CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # the CPU build asks for its torch
 FP8_CAPABILITY = (8, 9)  # Ada; the first with E4M3 conversions
 
 
@@ -67,7 +68,9 @@ NO_VLLM = "vLLM is not installed: `ffa-fp8fp8 doctor` says what to do."
 def install_command(extra: str) -> str:
     """What installs an extra of this project: from the clone, where there is one."""
     clone = find_clone()
-    return f"pip install -e '{clone}[{extra}]'" if clone else f"pip install '{PROJECT}[{extra}]'"
+    what = f"-e '{clone}[{extra}]'" if clone else f"'{PROJECT}[{extra}]'"
+    index = f"--extra-index-url {CPU_TORCH_INDEX} " if extra == "cpu" else ""
+    return f"pip install {index}{what}"
 
 
 def stack() -> dict[str, str]:

@@ -238,7 +238,7 @@ def test_figures_name_the_commit_they_are_of(tmp_path):
     assert [figures[cell].commit for cell in cells] == ["abc1234", "def5678"]
     told = report.footnotes(ENVIRONMENT, figures)[0]
     assert told == (
-        "NVIDIA H100 80GB HBM3; torch 2.11, Triton 3.6, vLLM 0.32.0 (not together what pip "
+        "NVIDIA H100 80GB HBM3; torch 2.11, Triton 3.6, vLLM 0.32.0 (not a stack that pip "
         "installs); commit abc1234, def5678."
     )
 

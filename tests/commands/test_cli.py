@@ -61,7 +61,8 @@ def test_doctor_says_how_to_install_vllm(monkeypatch, capsys, gpu, extra, clone)
     missing = find(doctor.examine(), "vLLM")
     assert missing.status == doctor.MISSING
     project = f"-e '{ROOT}" if clone else "'vllm-ffa-fp8fp8"
-    assert missing.advice == f"pip install {project}{extra}'"
+    assert missing.advice.endswith(f" {project}{extra}'")
+    assert ("--extra-index-url" in missing.advice) == (extra == "[cpu]")
     for path in ("prefill", "decode"):
         assert find(doctor.examine(), path) == doctor.blocked(path, [missing])
     assert cli.main(["doctor"]) == 1
@@ -103,7 +104,7 @@ def test_doctor_refuses_cuda_builds_without_a_gpu(monkeypatch):
         finding = find(findings, subject)
         assert finding.status == doctor.MISSING
         assert finding.advice.endswith(
-            f"CPU build: pip uninstall vllm, then pip install -e '{ROOT}[cpu]'"
+            f"CPU build: pip uninstall vllm, then {environment.install_command('cpu')}"
         )
     pretend(monkeypatch, cpu_build=True)
     torch = pytest.importorskip("torch")
@@ -123,7 +124,8 @@ def test_doctor_finds_no_path_without_torch(monkeypatch):
     for subject in ("torch", "prefill", "decode"):
         finding = find(doctor.examine(), subject)
         assert (
-            finding.status == doctor.MISSING and f"pip install -e '{ROOT}[cpu]'" in finding.advice
+            finding.status == doctor.MISSING
+            and environment.install_command("cpu") in finding.advice
         )
 
 
@@ -374,12 +376,12 @@ def test_question_is_answered_by(answer, right):
 
 
 def test_skip_stats_sum_over_workers():
-    worker = {"kept_blocks": 3, "total_blocks": 12, "cache_bytes_per_token": 513}
-    assert summed_skip_stats([worker, worker | {"kept_blocks": 9}]) == {
-        "skip_ratio": 0.5,
+    worker = {"kept_blocks": 1, "total_blocks": 12, "cache_bytes_per_token": 513}
+    assert summed_skip_stats([worker, worker | {"kept_blocks": 5}]) == {
+        "kept": 0.25,
         "cache_bytes_per_token": 1026,
     }
-    assert summed_skip_stats([worker | {"total_blocks": 0}])["skip_ratio"] is None
+    assert summed_skip_stats([worker | {"total_blocks": 0}])["kept"] is None
 
 
 @pytest.mark.parametrize("answer, exit_code", [(" 12345.", 0), (" 99999.", 1)])
@@ -393,7 +395,7 @@ def test_report_fails_on_a_wrong_answer(monkeypatch, answer, exit_code):
         "first_seconds": 1.0,
         "other_seconds": 2.0,
         "cache_bytes_per_token": 4104,
-        "skip_ratio": 0.4321,
+        "kept": 0.4321,
     }
     right = result | {"answers": [" 12345."], "backend": "DEFAULT"}
     console = Console(record=True, width=100)

@@ -153,7 +153,7 @@ def conditions(environment: dict[str, str], commits: Iterable[str]) -> str:
     known = sorted(set(commits) - {""})
     commit = f"commit {', '.join(known)}" if known else "commit unknown"
     usual = environment["gpu"] == "CPU" or stack_of(environment) in MEASURED_STACKS
-    unusual = "" if usual else " (not together what pip installs)"
+    unusual = "" if usual else " (not a stack that pip installs)"
     return f"{environment['gpu']}; {versions}{unusual}; {commit}."
 
 

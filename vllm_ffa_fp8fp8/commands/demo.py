@@ -156,7 +156,7 @@ def report(
         figures.add_column(heading)
     for label, show in (
         ("prompt length, tokens", lambda result: f"{max(result['prompt_tokens']):,}"),
-        ("blocks skipped in decode", lambda result: shown_ratio(result.get("skip_ratio"))),
+        ("blocks kept in decode", lambda result: shown_kept(result.get("kept"))),
         ("cache bytes per token", lambda result: f"{result['cache_bytes_per_token']:,}"),
         ("first question, reads the file", lambda result: f"{result['first_seconds']:.1f} s"),
         ("the other questions, file cached", lambda result: f"{result['other_seconds']:.1f} s"),
@@ -184,5 +184,5 @@ def marked(question: Question, answer: str) -> str:
     return f"[green]{text}[/]" if question.is_answered_by(answer) else f"[red]{text} (wrong)[/]"
 
 
-def shown_ratio(ratio: float | None) -> str:
-    return "none: it has no pruning" if ratio is None else f"{ratio:.1%}"
+def shown_kept(kept: float | None) -> str:
+    return "all: it has no pruning" if kept is None else f"{kept:.1%}"

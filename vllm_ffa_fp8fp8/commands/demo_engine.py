@@ -53,4 +53,4 @@ def summed_skip_stats(workers: list[dict[str, int]]) -> dict[str, Any]:
         sum(worker[name] for worker in workers)
         for name in ("kept_blocks", "total_blocks", "cache_bytes_per_token")
     )
-    return {"skip_ratio": 1 - kept / total if total else None, "cache_bytes_per_token": size}
+    return {"kept": kept / total if total else None, "cache_bytes_per_token": size}

@@ -1,0 +1,78 @@
+"""What README, docs and the repository's pages say, as far as the code can tell."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vllm_ffa_fp8fp8.config import FFAConfig, read_preset
+from vllm_ffa_fp8fp8.integration import patches
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = (*(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")), *DOCS)
+LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
+
+
+def test_readme_stands_alone():
+    """As an installed package's description it has no files beside it."""
+    links = [target for target, _ in LINK.findall(README)]
+    assert all(target.startswith("https://") for target in links)
+    assert "<img" not in README and "![" not in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_pages_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target, _ in LINK.findall(text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_files_that_pages_name_are_there():
+    for page in (ROOT / "README.md", *PAGES):
+        for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|md|yaml|sh))`", page.read_text("utf-8")):
+            assert (ROOT / name).exists() or (page.parent / name).exists(), f"{page.name}: {name}"
+
+
+def test_names_stand_in_the_files_that_the_architecture_says():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`\s+\(`([\w/]+\.py)`\)", text)
+    assert len(named) > 40
+    for name, file in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        defined = rf"^\s*(?:def|class) {name}\b|^{name} = "
+        assert re.search(defined, source, re.MULTILINE), f"{file} has no {name}"
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    targets = {target for target, _ in LINK.findall(index)}
+    assert {page.name for page in DOCS} - {"README.md"} <= targets
+
+
+def test_every_option_is_in_the_readme_with_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", README, re.MULTILINE))
+    balanced = FFAConfig(**read_preset("balanced"))
+    assert list(rows) == [field.name for field in fields(FFAConfig)]
+    for name, text in rows.items():
+        given = yaml.safe_load(text)
+        stored = getattr(balanced, name)
+        assert (tuple(given) if isinstance(given, list) else given) == stored, name
+
+
+def test_security_names_every_patch():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for name, function in inspect.getmembers(patches, inspect.isfunction):
+        if function.__module__ == patches.__name__ and "Symptom without it" in (
+            function.__doc__ or ""
+        ):
+            assert f"| `{name}` |" in text
+
+
+def test_one_word_for_what_is_kept():
+    for page in (ROOT / "README.md", *DOCS):
+        assert "skip ratio" not in page.read_text(encoding="utf-8").lower(), page.name
