@@ -37,3 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     return options.run(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
