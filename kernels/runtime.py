@@ -1,5 +1,8 @@
 """What the kernels need to know of where they run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
@@ -36,7 +39,31 @@ def supports_pdl(device: torch.device) -> bool:
 
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
     """
+    if device.type == "meta":  # see `compile_only`
+        device = torch.device("cuda", torch.cuda.current_device())
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+@contextmanager
+def compile_only() -> Iterator[None]:
+    """Launchers compile here what they would launch, and launch nothing: their tensors may be on
+    the meta device, which stands for the current GPU."""
+    token = _compiles_only.set(True)
+    try:
+        yield
+    finally:
+        _compiles_only.reset(token)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
+    """`kernel[grid](*args, **kwargs)`, or its compilation alone in `compile_only`."""
+    if _compiles_only.get():
+        kernel.warmup(*args, grid=grid, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
 
 
 def pdl_arguments(device: torch.device, wanted: bool = True) -> dict[str, bool]:

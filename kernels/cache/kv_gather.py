@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache_rows import plane_arguments, plane_constants
+from ..runtime import launch
 from .page_layout import KVPlanes
+from .paged_cache import PageShape, cache_of_head, page_shape, paged_cache
 from .paged_rows import load_rows, load_scales, token_pages, token_pointers
 
 ROWS = 32
@@ -19,83 +20,44 @@ ROWS = 32
 def _kv_gather_kernel(
     key_ptr,
     value_ptr,
-    key_plane_ptr,
-    residual_plane_ptr,
-    exponent_plane_ptr,
-    value_plane_ptr,
-    value_exponent_plane_ptr,
-    key_plane_stride_page,
-    key_plane_stride_head,
-    residual_plane_stride_page,
-    residual_plane_stride_head,
-    exponent_plane_stride_page,
-    exponent_plane_stride_head,
-    value_plane_stride_page,
-    value_plane_stride_head,
-    value_exponent_plane_stride_page,
-    value_exponent_plane_stride_head,
+    cache,
     block_table_ptr,
     cu_seqlens_ptr,
     block_table_stride,
     key_stride_token,
     key_stride_head,
     num_rows,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
     ROWS: tl.constexpr,
-    FP8_KEY: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    FP8_VALUE: tl.constexpr,
-    RESIDUAL_SCALE: tl.constexpr,
 ):
     request = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
     first = tl.load(cu_seqlens_ptr + request)
     seq_len = tl.load(cu_seqlens_ptr + request + 1) - first
     positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     valid = (positions < seq_len) & (first + positions < num_rows)
-    pages = token_pages(
-        block_table_ptr + request.to(tl.int64) * block_table_stride, positions, valid, PAGE_SIZE
-    )
-    key = load_rows(
-        token_pointers(
-            key_plane_ptr + head * key_plane_stride_head, pages, positions, key_plane_stride_page,
-            HEAD_SIZE, PAGE_SIZE,
-        ),
-        columns, valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
-    ).to(tl.float32)
-    if HAS_RESIDUAL:
-        residual = load_rows(
-            token_pointers(
-                residual_plane_ptr + head * residual_plane_stride_head, pages, positions,
-                residual_plane_stride_page, HEAD_SIZE, PAGE_SIZE,
-            ),
-            columns, valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
+    block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
+    pages = token_pages(block_table_row_ptr, positions, valid, PAGE.PAGE_SIZE)
+    cache = cache_of_head(cache, head)
+    rows = token_pointers(cache.key, pages, positions, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
+    key = load_rows(rows, columns, valid, True, PAGE).to(tl.float32)
+    if cache.key_residual.pointer is not None:
+        rows = token_pointers(
+            cache.key_residual, pages, positions, PAGE.RESIDUAL_STRIDE, PAGE.PAGE_SIZE
         )
-        key += residual.to(tl.float32) * (1.0 / RESIDUAL_SCALE)
-    if FP8_KEY:
-        exponents = token_pointers(
-            exponent_plane_ptr + head * exponent_plane_stride_head, pages, positions,
-            exponent_plane_stride_page, 1, PAGE_SIZE,
-        )
-        key *= load_scales(exponents, valid)[:, None]
-    value = load_rows(
-        token_pointers(
-            value_plane_ptr + head * value_plane_stride_head, pages, positions,
-            value_plane_stride_page, HEAD_SIZE, PAGE_SIZE,
-        ),
-        columns, valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
-    )
-    if FP8_VALUE:
-        exponents = token_pointers(
-            value_exponent_plane_ptr + head * value_exponent_plane_stride_head, pages, positions,
-            value_exponent_plane_stride_page, 1, PAGE_SIZE,
-        )
-        value = value.to(tl.float32) * load_scales(exponents, valid)[:, None]
+        residual = load_rows(rows, columns, valid, True, PAGE)
+        key += residual.to(tl.float32) * (1.0 / PAGE.RESIDUAL_SCALE)
+    if cache.key_exponent.pointer is not None:
+        rows = token_pointers(cache.key_exponent, pages, positions, 1, PAGE.PAGE_SIZE)
+        key *= load_scales(rows, valid)[:, None]
+    rows = token_pointers(cache.value, pages, positions, PAGE.VALUE_STRIDE, PAGE.PAGE_SIZE)
+    value = load_rows(rows, columns, valid, True, PAGE)
+    if cache.value_exponent.pointer is not None:
+        rows = token_pointers(cache.value_exponent, pages, positions, 1, PAGE.PAGE_SIZE)
+        value = value.to(tl.float32) * load_scales(rows, valid)[:, None]
     target = (first + positions).to(tl.int64) * key_stride_token + head * key_stride_head
-    mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]
+    mask = valid[:, None] & (columns < PAGE.HEAD_SIZE)[None, :]
     target = target[:, None] + columns[None, :]
     tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=mask)
     tl.store(value_ptr + target, value.to(value_ptr.dtype.element_ty), mask=mask)
@@ -124,10 +86,11 @@ def gather_kv(
         return
     assert key.stride() == value.stride() and key.stride(-1) == 1
     grid = (triton.cdiv(max_seq_len, ROWS), block_table.shape[0], planes.num_kv_heads)
-    _kv_gather_kernel[grid](
+    launch(
+        _kv_gather_kernel, grid,
         key,
         value,
-        *plane_arguments(planes),
+        paged_cache(planes),
         block_table,
         cu_seqlens,
         block_table.stride(0),
@@ -143,16 +106,10 @@ def compile_gather(planes: KVPlanes, dtype: torch.dtype) -> None:
     nothing, so that the first request with a prefix need not wait for it."""
     row = planes.num_kv_heads * planes.head_size
     _kv_gather_kernel.warmup(
-        dtype, dtype, *plane_arguments(planes), torch.int32, torch.int32, 1, row,
+        dtype, dtype, paged_cache(planes), torch.int32, torch.int32, 1, row,
         planes.head_size, 1, **_constants(planes), grid=(1,),
     )
 
 
-def _constants(planes: KVPlanes) -> dict[str, int | float | bool]:
-    return {
-        "HEAD_SIZE": planes.head_size,
-        "HEAD_SIZE_PADDED": triton.next_power_of_2(planes.head_size),
-        "ROWS": ROWS,
-        **plane_constants(planes),
-        "num_warps": 4,
-    }
+def _constants(planes: KVPlanes) -> dict[str, PageShape | int]:
+    return {"PAGE": page_shape(planes), "ROWS": ROWS, "num_warps": 4}

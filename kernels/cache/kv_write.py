@@ -4,73 +4,43 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import pdl_arguments, wait_and_release
-from .cache_rows import plane_arguments, plane_constants, store_key_rows, store_value_rows
+from ..runtime import launch, pdl_arguments, wait_and_release
+from .cache_rows import store_key_rows, store_value_rows
 from .page_layout import KVPlanes
+from .paged_cache import page_shape, paged_cache
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # batches share one compilation
+@triton.jit(  # batches share one compilation
+    do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slot_mapping_ptr"]
+)
 def _kv_write_kernel(
     key_ptr,
     value_ptr,
     slot_mapping_ptr,
-    key_plane_ptr,
-    residual_plane_ptr,
-    exponent_plane_ptr,
-    value_plane_ptr,
-    value_exponent_plane_ptr,
-    key_plane_stride_page,
-    key_plane_stride_head,
-    residual_plane_stride_page,
-    residual_plane_stride_head,
-    exponent_plane_stride_page,
-    exponent_plane_stride_head,
-    value_plane_stride_page,
-    value_plane_stride_head,
-    value_exponent_plane_stride_page,
-    value_exponent_plane_stride_head,
+    cache,
     num_tokens,
     key_stride_token,
     key_stride_head,
     value_stride_token,
     value_stride_head,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
     ROWS: tl.constexpr,
-    FP8_KEY: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    FP8_VALUE: tl.constexpr,
-    RESIDUAL_SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_and_release(PDL)
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     slots = tl.load(slot_mapping_ptr + rows, mask=rows < num_tokens, other=-1).to(tl.int64)
-    mask = (slots >= 0)[:, None] & (columns < HEAD_SIZE)[None, :]
+    mask = (slots >= 0)[:, None] & (columns < PAGE.HEAD_SIZE)[None, :]
     rows = rows.to(tl.int64)
 
     value_rows = rows * value_stride_token + head * value_stride_head
     value = tl.load(value_ptr + value_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-    store_value_rows(
-        value, slots, head, columns, mask,
-        value_plane_ptr, value_exponent_plane_ptr,
-        value_plane_stride_page, value_plane_stride_head,
-        value_exponent_plane_stride_page, value_exponent_plane_stride_head,
-        PAGE_SIZE, HEAD_SIZE, FP8_VALUE,
-    )
+    store_value_rows(value, slots, head, columns, mask, cache, PAGE)
     key_rows = rows * key_stride_token + head * key_stride_head
     key = tl.load(key_ptr + key_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-    store_key_rows(
-        key, slots, head, columns, mask,
-        key_plane_ptr, residual_plane_ptr, exponent_plane_ptr,
-        key_plane_stride_page, key_plane_stride_head,
-        residual_plane_stride_page, residual_plane_stride_head,
-        exponent_plane_stride_page, exponent_plane_stride_head,
-        PAGE_SIZE, HEAD_SIZE, FP8_KEY, HAS_RESIDUAL, RESIDUAL_SCALE,
-    )
+    store_key_rows(key, slots, head, columns, mask, cache, PAGE)
 
 
 def write_kv(
@@ -103,20 +73,19 @@ def write_kv(
         return
     assert key.stride(-1) == 1 and value.stride(-1) == 1
     rows = 4 if num_tokens <= 1024 else 16
-    _kv_write_kernel[(triton.cdiv(num_tokens, rows), planes.num_kv_heads)](
+    launch(
+        _kv_write_kernel, (triton.cdiv(num_tokens, rows), planes.num_kv_heads),
         key,
         value,
         slot_mapping,
-        *plane_arguments(planes),
+        paged_cache(planes),
         num_tokens,
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        HEAD_SIZE=planes.head_size,
-        HEAD_SIZE_PADDED=triton.next_power_of_2(planes.head_size),
+        PAGE=page_shape(planes),
         ROWS=rows,
         **pdl_arguments(key.device),
-        **plane_constants(planes),
         num_warps=4,
     )

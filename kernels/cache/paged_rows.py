@@ -1,9 +1,28 @@
 """Addresses of a request's tokens in the paged cache, shared by the kernels that read it."""
 
+import math
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .fp8_split import exponent_to_scale
+from .paged_cache import row_tile
+
+
+class BlockShape(NamedTuple):
+    """How blocks of BLOCK_SIZE tokens lie in pages: UNIT, the greatest common divisor of the two,
+    is what lies together."""
+
+    BLOCK_SIZE: int
+    UNIT: int
+    PER_BLOCK: int
+    PER_PAGE: int
+
+
+def block_shape(block_size: int, page_size: int) -> BlockShape:
+    unit = math.gcd(block_size, page_size)
+    return BlockShape(block_size, unit, block_size // unit, page_size // unit)
 
 
 @triton.jit
@@ -14,50 +33,42 @@ def token_pages(block_table_row_ptr, positions, valid, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def token_pointers(
-    plane_ptr, pages, positions, stride_page,
-    STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    plane, pages, positions, STRIDE_TOKEN: tl.constexpr, PAGE_SIZE: tl.constexpr
 ):
-    """Pointers to the rows of tokens at `positions`, whose pages are known.
-
-    `plane_ptr` points at the head's first row of page 0.
-    """
-    return plane_ptr + pages * stride_page + (positions % PAGE_SIZE) * STRIDE_TOKEN
+    """Pointers to the rows of tokens at `positions`, whose pages are known; `plane` is that of a
+    head (see `plane_of_head`)."""
+    return plane.pointer + pages * plane.stride_page + (positions % PAGE_SIZE) * STRIDE_TOKEN
 
 
 @triton.jit
 def _load_run_places(
     block_table_row_ptr, first_block, step, seq_len, first_run,
-    PER_PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, UNIT: tl.constexpr, RUNS: tl.constexpr,
+    BLOCK: tl.constexpr, RUNS: tl.constexpr,
 ):
     runs = first_run + tl.arange(0, RUNS)
-    runs = (first_block + runs // PER_BLOCK * step) * PER_BLOCK + runs % PER_BLOCK
-    pages = tl.load(block_table_row_ptr + runs // PER_PAGE, mask=runs * UNIT < seq_len, other=0)
-    return pages * PER_PAGE + runs % PER_PAGE
+    runs = (first_block + runs // BLOCK.PER_BLOCK * step) * BLOCK.PER_BLOCK + runs % BLOCK.PER_BLOCK
+    exists = runs * BLOCK.UNIT < seq_len
+    pages = tl.load(block_table_row_ptr + runs // BLOCK.PER_PAGE, mask=exists, other=0)
+    return pages * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE
 
 
 @triton.jit
 def load_places(
-    block_table_row_ptr, first_block, step, seq_len,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCKS: tl.constexpr,
+    block_table_row_ptr, first_block, step, seq_len, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Where BLOCKS blocks lie, `first_block` and every `step`-th after it, for `pick`: of each run
     of UNIT tokens `page * runs a page + place in it`; 0 from `seq_len` on.
 
-    UNIT, the greatest common divisor of page and block, is what lies together. Kernels hold the
-    places of what they are about to read, since a load whose address waits for another load of
-    the same iteration is not pipelined. They come as a tuple of tensors of at most 32, because
-    every warp can hold such a tensor, an element a thread.
+    Kernels hold the places of what they are about to read, since a load whose address waits for
+    another load of the same iteration is not pipelined. They come as a tuple of tensors of at most
+    32, because every warp can hold such a tensor, an element a thread.
     """
-    PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
-    PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
-    RUNS: tl.constexpr = BLOCKS * PER_BLOCK
+    RUNS: tl.constexpr = BLOCKS * BLOCK.PER_BLOCK
     SIZE: tl.constexpr = min(RUNS, 32)
     row, first = block_table_row_ptr, first_block
-    places = (_load_run_places(row, first, step, seq_len, 0, PER_PAGE, PER_BLOCK, UNIT, SIZE),)
+    places = (_load_run_places(row, first, step, seq_len, 0, BLOCK, SIZE),)
     for begin in tl.static_range(32, RUNS, 32):
-        places += (
-            _load_run_places(row, first, step, seq_len, begin, PER_PAGE, PER_BLOCK, UNIT, SIZE),
-        )
+        places += (_load_run_places(row, first, step, seq_len, begin, BLOCK, SIZE),)
     return places
 
 
@@ -72,23 +83,29 @@ def pick(places, index):
 
 
 @triton.jit
+def _unit_pointers(
+    plane_ptr, stride_page, places, index, tokens,
+    STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
+):
+    pointers = plane_ptr + tokens * 0
+    for unit in tl.static_range(ROWS // BLOCK.UNIT):
+        place = pick(places, index * BLOCK.PER_BLOCK + unit)
+        unit_ptr = plane_ptr + (place // BLOCK.PER_PAGE).to(tl.int64) * stride_page
+        unit_ptr += place % BLOCK.PER_PAGE * (BLOCK.UNIT // PACKED * STRIDE_TOKEN)
+        pointers = tl.where(tokens // BLOCK.UNIT == unit, unit_ptr, pointers)
+    return pointers + tokens % BLOCK.UNIT // PACKED * STRIDE_TOKEN
+
+
+@triton.jit
 def tile_pointers(
-    plane_ptr, places, index, tokens, stride_page, STRIDE_TOKEN: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, PACKED: tl.constexpr = 1,
+    plane, places, index, tokens,
+    STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Pointers to the rows of `tokens`, int32 `[ROWS]`: all of ROWS tokens, in any order, counted
-    from block `index` of `places` on (see `load_places`). PACKED tokens share an element of the
-    plane."""
-    PER_PAGE: tl.constexpr = PAGE_SIZE // UNIT
-    PER_BLOCK: tl.constexpr = BLOCK_SIZE // UNIT
-    pointers = plane_ptr + tokens * 0
-    for unit in tl.static_range(ROWS // UNIT):
-        place = pick(places, index * PER_BLOCK + unit)
-        unit_ptr = plane_ptr + (place // PER_PAGE).to(tl.int64) * stride_page
-        unit_ptr += place % PER_PAGE * (UNIT // PACKED * STRIDE_TOKEN)
-        pointers = tl.where(tokens // UNIT == unit, unit_ptr, pointers)
-    return pointers + tokens % UNIT // PACKED * STRIDE_TOKEN
+    from block `index` of `places` on (see `load_places`)."""
+    return _unit_pointers(
+        plane.pointer, plane.stride_page, places, index, tokens, STRIDE_TOKEN, BLOCK, ROWS, 1
+    )
 
 
 @triton.jit
@@ -110,31 +127,16 @@ def prefetch_rows(pointers, wanted, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
-def row_tile(rows, columns):
-    """Pointers to `columns` of `rows`, `[ROWS, COLUMNS]`, for rows that begin at multiples of 16
-    bytes, as those of a page do (see `PageLayout`).
-
-    Says so, because compilers forget it on the way (Triton 3.8 where `tl.where` selects pointers),
-    and then move 16 bytes one by one.
-    """
-    tile = rows[:, None] + columns[None, :]
-    return tl.max_contiguous(tl.multiple_of(tile, [1, 16]), [1, 16])
-
-
-@triton.jit
-def load_rows(
-    pointers, columns, valid,
-    MASKED: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
-):
+def load_rows(pointers, columns, valid, MASKED: tl.constexpr, PAGE: tl.constexpr):
     """Loads rows of a plane, `[ROWS, HEAD_SIZE_PADDED]`; if MASKED, zero where not `valid`."""
     pointers = row_tile(pointers, columns)
     if MASKED:
-        mask = valid[:, None] & (columns < HEAD_SIZE)[None, :]
+        mask = valid[:, None] & (columns < PAGE.HEAD_SIZE)[None, :]
         rows = tl.load(pointers, mask=mask, other=0.0)
-    elif HEAD_SIZE == HEAD_SIZE_PADDED:
+    elif PAGE.HEAD_SIZE == PAGE.HEAD_SIZE_PADDED:
         rows = tl.load(pointers)
     else:
-        inside = tl.broadcast_to((columns < HEAD_SIZE)[None, :], pointers.shape)
+        inside = tl.broadcast_to((columns < PAGE.HEAD_SIZE)[None, :], pointers.shape)
         rows = tl.load(pointers, mask=inside, other=0.0)
     return rows
 
@@ -157,21 +159,19 @@ def load_scales(pointers, valid):
 
 @triton.jit
 def load_tile_exponents(
-    exponent_ptr, places, index, tokens, valid, stride_page,
-    PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
+    plane, places, index, tokens, valid, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """Exponents of the tile at `tile_pointers`, for `tile_scales`: of each row the four bytes
-    that its own is one of, int32 `[ROWS]`.
+    that its own is one of, int32 `[ROWS]`; zeros where there is no such plane.
 
     Whole registers, so that a kernel can carry them to its next iteration without waiting for
     them in this one.
     """
     words = tl.zeros([ROWS], tl.int32)
-    if HAS_EXPONENT:
-        pointers = tile_pointers(
-            exponent_ptr.to(tl.pointer_type(tl.int32)), places, index, tokens, stride_page // 4, 1,
-            PAGE_SIZE, BLOCK_SIZE, UNIT, ROWS, 4,
+    if plane.pointer is not None:
+        pointers = _unit_pointers(
+            plane.pointer.to(tl.pointer_type(tl.int32)), plane.stride_page // 4,
+            places, index, tokens, 1, BLOCK, ROWS, 4,
         )
         words = tl.load(pointers, mask=valid, other=0)
     return words

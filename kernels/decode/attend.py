@@ -100,18 +100,10 @@ def load_scores(
 def attend_blocks(
     accumulator, weight_sums, reference,
     query, factor, limits, kept, kept_late, num_blocks,
-    first_block, step, seq_len, places, scores_ptr,
-    key_ptr, residual_ptr, exponent_ptr, value_ptr, value_exponent_ptr,
-    key_stride_page, residual_stride_page,
-    exponent_stride_page, value_stride_page, value_exponent_stride_page,
-    KEY_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    UNIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PARTS: tl.constexpr,
+    first_block, step, seq_len, places, scores_ptr, cache,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
     FROM_SCORES: tl.constexpr, RAISE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_EXPONENT: tl.constexpr, HAS_VALUE_EXPONENT: tl.constexpr,
-    RESIDUAL_SCALE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
-    STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
 ):
     """Adds the blocks of a chunk that are `kept` (of `scan_blocks`) to a running softmax.
 
@@ -121,53 +113,44 @@ def attend_blocks(
     weights hold. See `scan_blocks` for the arguments and
     `softmax_update` for the state, which is returned.
     """
-    tokens = tl.arange(0, BLOCK_SIZE)
-    columns = tl.arange(0, HEAD_SIZE_PADDED)
-    for rank in tl.range(0, num_blocks, num_stages=STAGES):
+    SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
+    MASKED: tl.constexpr = not PAGE.WHOLE_PAGES
+    HAS_RESIDUAL: tl.constexpr = cache.key_residual.pointer is not None
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
+    HAS_VALUE_EXPONENT: tl.constexpr = cache.value_exponent.pointer is not None
+    tokens = tl.arange(0, SIZE)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    for rank in tl.range(0, num_blocks, num_stages=TUNING.ATTEND_STAGES):
         index = rank
         if FROM_SCORES:
             index, kept, kept_late = first_kept(kept, kept_late)
-        positions = (first_block + index * step) * BLOCK_SIZE + tokens
+        positions = (first_block + index * step) * SIZE + tokens
         valid = positions < seq_len
-        value = load_columns(
-            tile_pointers(
-                value_ptr, places, index, tokens, value_stride_page, VALUE_STRIDE, PAGE_SIZE,
-                BLOCK_SIZE, UNIT, BLOCK_SIZE,
-            ),
-            columns, valid, HEAD_SIZE,
-        ).to(VALUE_DTYPE)
+        rows = tile_pointers(cache.value, places, index, tokens, PAGE.VALUE_STRIDE, BLOCK, SIZE)
+        value = load_columns(rows, columns, valid, PAGE.HEAD_SIZE).to(VALUE_DTYPE)
         value_exponents = load_tile_exponents(
-            value_exponent_ptr, places, index, tokens, valid, value_exponent_stride_page,
-            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_VALUE_EXPONENT,
+            cache.value_exponent, places, index, tokens, valid, BLOCK, SIZE
         )
         key_exponents = load_tile_exponents(
-            exponent_ptr, places, index, tokens, valid, exponent_stride_page,
-            PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE, HAS_EXPONENT,
+            cache.key_exponent, places, index, tokens, valid, BLOCK, SIZE
         )
-        scores = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
+        scores = tl.zeros([SIZE, ROWS_PADDED], tl.float32)
         if not FROM_SCORES:
-            key = load_rows(
-                tile_pointers(
-                    key_ptr, places, index, tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
-                    BLOCK_SIZE, UNIT, BLOCK_SIZE,
-                ),
-                columns, valid, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
-            ).to(DTYPE)
-            scores += dot_query(key, query, PARTS, ROWS_PADDED)
+            rows = tile_pointers(cache.key, places, index, tokens, PAGE.KEY_STRIDE, BLOCK, SIZE)
+            key = load_rows(rows, columns, valid, MASKED, PAGE).to(DTYPE)
+            scores += dot_query(key, query, QUERY)
         if HAS_RESIDUAL:
-            residual = load_rows(
-                tile_pointers(
-                    residual_ptr, places, index, tokens, residual_stride_page, RESIDUAL_STRIDE,
-                    PAGE_SIZE, BLOCK_SIZE, UNIT, BLOCK_SIZE,
-                ),
-                columns, valid, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
-            ).to(DTYPE)
-            scores += dot_query(residual, query, PARTS, ROWS_PADDED) * (1.0 / RESIDUAL_SCALE)
+            rows = tile_pointers(
+                cache.key_residual, places, index, tokens, PAGE.RESIDUAL_STRIDE, BLOCK, SIZE
+            )
+            residual = load_rows(rows, columns, valid, MASKED, PAGE).to(DTYPE)
+            scores += dot_query(residual, query, QUERY) * (1.0 / PAGE.RESIDUAL_SCALE)
         key_scales = tile_scales(key_exponents, tokens, HAS_EXPONENT)
         if (not FROM_SCORES) or HAS_RESIDUAL:
             scores = scores * factor[None, :] * key_scales[:, None]
         if FROM_SCORES:
-            scores += load_scores(scores_ptr, index, ROWS, ROWS_PADDED, BLOCK_SIZE)
+            scores += load_scores(scores_ptr, index, QUERY.ROWS, ROWS_PADDED, SIZE)
         scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
         if RAISE:
             accumulator, weight_sums, reference = raise_reference(

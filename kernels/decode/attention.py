@@ -6,13 +6,13 @@ import torch
 import triton
 
 from ..cache.page_layout import KVPlanes
-from ..runtime import compute_dtype, pdl_arguments
-from .kernel import decode_kernel
-from .plan import DecodePlan, DecodeScratch
-from .scan import decode_threshold_kernel
-
-ANCHOR_TOKENS = 16
-"""How many of a request's first and of its last tokens set the threshold."""
+from ..cache.paged_cache import page_shape, paged_cache
+from ..cache.paged_rows import block_shape
+from ..runtime import compute_dtype, launch, pdl_arguments
+from .kernel import KernelTuning, decode_kernel
+from .plan import DecodeLimits, DecodePlan, DecodeScratch
+from .query import QueryShape, head_rows
+from .scan import ANCHOR_TOKENS, decode_threshold_kernel
 
 MAX_QUERY_ROWS = 64
 """Query rows of a KV head, at most: its query heads, of all query tokens of a request."""
@@ -71,8 +71,9 @@ def decode_attention(
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
             launch, from compute capability 9.0 on; no effect elsewhere, nor where nothing is
             pruned and a program has a multiprocessor for itself). That kernel may write all that
-            this one reads except `plan`, `block_table` and `query_start_loc`, and lets this one start, if at all, only
-            after it has itself waited for the kernels before it, as those here do.
+            this one reads except `plan`, `block_table` and `query_start_loc`, and lets this one
+            start, if at all, only after it has itself waited for the kernels before it, as those
+            here do.
     """
     num_heads, head_size = query.shape[1:]
     num_reqs = seq_lens.shape[0]
@@ -88,82 +89,76 @@ def decode_attention(
     assert num_heads % num_kv_heads == 0 and rows <= MAX_QUERY_ROWS
     assert (num_heads, num_kv_heads) == (limits.num_heads, limits.num_kv_heads)
     assert delta is None or delta.shape[0] in (1, num_reqs)
-    assert query.stride(2) == output.stride(2) == block_table.stride(1) == 1
-    residual, exponent = planes.key_residual, planes.key_exponent
-    value_exponent = planes.value_exponent
+    assert block_table.stride(1) == 1 and planes.page_size % ANCHOR_TOKENS.value == 0
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
     # Hopper adds E4M3 products to 14 bits: enough for bfloat16, not for float16
     fp8_products = fp8_key and query.dtype == torch.bfloat16
     fp8_value = planes.value.dtype == torch.float8_e4m3fn
-    scale_log2 = scale * math.log2(math.e)
-    exponent_strides = exponent.stride()[:2] if exponent is not None else (0, 0)
-    block_size = limits.block_size
-    unit = math.gcd(planes.page_size, block_size)
-    tile_blocks = limits.tile_blocks(num_reqs)
-    if fp8_key and not fp8_products:
-        tile_blocks = max(1, tile_blocks // 4)  # keys are converted, in registers
     num_warps = tuning.num_warps * (2 if rows > 32 else 1)
-    merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(head_size))
     # programs that are to have a multiprocessor each would share those that are free early
     starts_early = delta is not None or tuning.dense_programs_per_processor > 1
-    attend_stages = tuning.attend_stages if delta is not None else tuning.dense_stages
     common = {
-        "KEY_STRIDE": planes.key.stride(2),
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "QUERY_LEN": query_len,
-        "ROWS_PADDED": max(8, rows),
-        "HEAD_SIZE": head_size,
-        "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
-        "PAGE_SIZE": planes.page_size,
-        "ANCHOR_TOKENS": ANCHOR_TOKENS,
-        "PARTS": 2 if fp8_products else 1,
-        "HAS_EXPONENT": exponent is not None,
+        "query": head_rows(query),
+        "cache": paged_cache(planes),
+        "block_table_ptr": block_table,
+        "block_table_stride": block_table.stride(0),
+        "query_start_loc_ptr": query_start_loc,
+        "delta_ptr": delta,
+        "delta_stride": int(delta is not None and delta.shape[0] > 1),
+        "scale_log2": scale * math.log2(math.e),
+        "PAGE": page_shape(planes),
+        "QUERY": QueryShape(
+            num_kv_heads, group, query_len, group * query_len, max(8, rows),
+            PARTS=2 if fp8_products else 1,
+        ),
         "DTYPE": compute_dtype(planes.key.dtype if fp8_products else query.dtype),
     }
-    threshold = scratch.threshold
-    delta_stride = int(delta is not None and delta.shape[0] > 1)
+    threshold = None
     if isinstance(precomputed_threshold, torch.Tensor):
         threshold = precomputed_threshold
         assert threshold.shape == query.shape[:2] and threshold.is_contiguous()
         assert threshold.dtype == torch.float32
     elif precomputed_threshold and delta is not None:
-        decode_threshold_kernel[(num_reqs, num_kv_heads)](
-            threshold, query, planes.key, exponent, block_table, seq_lens, query_start_loc,
-            delta, scale_log2,
-            delta_stride, query.stride(0), query.stride(1), block_table.stride(0),
-            *planes.key.stride()[:2], *exponent_strides, num_warps=4, **common,
+        threshold = scratch.threshold
+        launch(
+            decode_threshold_kernel, (num_reqs, num_kv_heads), threshold, seq_lens_ptr=seq_lens, num_warps=4, **common
         )
-    decode_kernel[(num_kv_heads, plan.num_items)](
-        output, scratch.partial_output, scratch.partial_lse, scratch.scores, plan.arrivals,
-        counters, query, planes.key, residual, exponent, planes.value, value_exponent, block_table,
-        plan.work, query_start_loc, threshold, delta, scale_log2, min_context, delta_stride,
-        query.stride(0), query.stride(1), output.stride(0), output.stride(1),
-        block_table.stride(0), *planes.key.stride()[:2],
-        *(residual.stride()[:2] if residual is not None else (0, 0)),
-        *exponent_strides, *planes.value.stride()[:2],
-        *(value_exponent.stride()[:2] if value_exponent is not None else (0, 0)),
-        RESIDUAL_STRIDE=residual.stride(2) if residual is not None else 0,
-        VALUE_STRIDE=planes.value.stride(2),
-        BLOCK_SIZE=block_size,
-        UNIT=unit,
-        # a warp holds the places of a chunk, up to four elements a thread
-        CHUNK_BLOCKS=max(tile_blocks, min(limits.chunk_blocks(num_reqs), 128 * unit // block_size)),
-        TILE_BLOCKS=tile_blocks,
-        WHOLE_PAGES=planes.whole_pages,
+    launch(
+        decode_kernel, (num_kv_heads, plan.num_items),
+        head_rows(output), scratch, plan.work, plan.arrivals,
+        threshold_ptr=threshold,
+        counters_ptr=counters,
+        min_context=min_context,
+        BLOCK=block_shape(limits.block_size, planes.page_size),
+        TUNING=_kernel_tuning(
+            limits, num_reqs, planes, rows, num_warps,
+            prunes=delta is not None, converts_keys=fp8_key and not fp8_products,
+        ),
         PRUNE=delta is not None,
-        HAS_THRESHOLD=precomputed_threshold is not False,
-        HAS_RESIDUAL=residual is not None,
-        HAS_VALUE_EXPONENT=value_exponent is not None,
-        RESIDUAL_SCALE=planes.residual_scale,
-        RECORD=counters is not None,
         VALUE_DTYPE=compute_dtype(torch.bfloat16 if fp8_value else planes.value.dtype),
-        SCAN_STAGES=tuning.scan_stages,
-        ATTEND_STAGES=attend_stages,
-        MERGE_ROWS=rows,
-        MERGE_SLOTS=max(1, merge_rows // max(1, rows // num_warps)),
         **pdl_arguments(query.device, launch_pdl and starts_early),
         num_warps=num_warps,
         maxnreg=tuning.max_registers if rows <= 16 else 255,
         **common,
+    )
+
+
+def _kernel_tuning(
+    limits: DecodeLimits, num_reqs: int, planes: KVPlanes, rows: int, num_warps: int,
+    *, prunes: bool, converts_keys: bool,
+) -> KernelTuning:
+    tuning = limits.tuning_of(num_reqs)
+    tile_blocks = limits.tile_blocks(num_reqs)
+    if converts_keys:
+        tile_blocks = max(1, tile_blocks // 4)  # in registers
+    # a warp holds the places of a chunk, up to four elements a thread
+    held_blocks = 128 * math.gcd(planes.page_size, limits.block_size) // limits.block_size
+    merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(planes.head_size))
+    return KernelTuning(
+        max(tile_blocks, min(limits.chunk_blocks(num_reqs), held_blocks)),
+        tile_blocks,
+        tuning.scan_stages,
+        tuning.attend_stages if prunes else tuning.dense_stages,
+        rows,
+        max(1, merge_rows // max(1, rows // num_warps)),
     )

@@ -25,7 +25,8 @@ def attn_forward_decode_fp8fp8(
 ) -> torch.Tensor | tuple[torch.Tensor, float]:
     """Decode attention over contiguous tensors, with the kernels of the paged cache.
 
-    Every request is one page. The residual is `K - k_fp8`, unscaled. Needs a CUDA GPU, or
+    Every request is one page. The residual is `K - k_fp8`, unscaled. Rows of K and V begin at
+    multiples of 16 bytes, as those of contiguous tensors do. Needs a CUDA GPU, or
     TRITON_INTERPRET=1.
 
     Args:
@@ -101,6 +102,12 @@ def attn_forward_decode_fp8fp8(
     return output, 1.0 - kept / total
 
 
+def _rows_are_aligned(tensor: torch.Tensor) -> bool:
+    strides = [step for step, size in zip(tensor.stride(), tensor.shape[:3], strict=False) if size > 1]
+    steps = [step * tensor.element_size() for step in strides]
+    return all(n % 16 == 0 for n in (tensor.data_ptr(), *steps))
+
+
 def _check(q, k, v, residual, BS, SBS, delta, threshold, use_residual) -> None:
     if q.ndim != 4 or q.shape[1] != 1 or q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float16 or bfloat16 [B, 1, HQ, K], got {q.dtype} {q.shape}")
@@ -124,6 +131,11 @@ def _check(q, k, v, residual, BS, SBS, delta, threshold, use_residual) -> None:
             raise ValueError(f"k_residual must be float8_e4m3fn, like k_fp8, got {found}")
         if residual.stride(-1) != 1:
             raise ValueError("the last dimension of k_residual must be contiguous")
+    if any(t is not None and not _rows_are_aligned(t) for t in (k, v, residual)):
+        raise ValueError(
+            "the rows of k_fp8, k_residual and v must begin at multiples of 16 bytes: pass "
+            "tensor.clone(memory_format=torch.contiguous_format)"
+        )
     if any(t is not None and t.shape[1] * t.stride(1) >= 2**31 for t in (k, v, residual)):
         raise ValueError("k_fp8, k_residual and v must have fewer than 2^31 elements a request")
     if not (q.is_cuda or INTERPRETED):

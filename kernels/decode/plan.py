@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import HOPPER_SHARED_MEMORY
+from ..runtime import HOPPER_SHARED_MEMORY, launch
 from .tuning import DecodeTuning, decode_tuning
 
 INVARIANT_BLOCKS = 64
@@ -126,6 +126,14 @@ class DecodeLimits:
         fit = tuning.score_bytes // (block_bytes * self.num_items(num_reqs))
         return max(tile_blocks, min(tuning.chunk_blocks, 1 << fit.bit_length() >> 1))
 
+    def batch_classes(self) -> list[int]:
+        """One number of requests of each kind for which other code is compiled, ascending."""
+        classes: dict[tuple, int] = {}
+        for n in range(1, self.num_reqs + 1):
+            scan = (self.tile_blocks(n), self.chunk_blocks(n))
+            classes.setdefault((self.tuning_of(n), *scan, _padded_reqs(n)), n)
+        return list(classes.values())
+
     @property
     def num_scores(self) -> int:
         """The most scores that the programs of a batch hand on."""
@@ -143,6 +151,11 @@ class DecodeLimits:
         )
 
 
+def _padded_reqs(num_reqs: int) -> int:
+    """Rows of the plan kernel: few numbers, so that few kernels are compiled."""
+    return max(16, triton.next_power_of_2(num_reqs))
+
+
 @lru_cache  # layers have equal limits
 def _max_items(limits: DecodeLimits) -> int:
     return max(map(limits.num_items, range(1, limits.num_reqs + 1)))
@@ -155,8 +168,7 @@ def _max_chunk_blocks(limits: DecodeLimits) -> int:
     return max(limits.num_items(n) * limits.chunk_blocks(n) for n in batches)
 
 
-@dataclass
-class DecodeScratch:
+class DecodeScratch(NamedTuple):
     """What the decode programs hand to one another; uninitialised memory will do.
 
     A program is one of a work item and KV head; its rows are the group's heads, query token after
@@ -284,7 +296,8 @@ class DecodePlan:
         num_items = limits.num_items(num_reqs)
         item_tokens = tuning.item_tokens if limits.prunes else tuning.dense_item_tokens
         items = 32
-        _decode_plan_kernel[(triton.cdiv(num_items, items),)](
+        launch(
+            _decode_plan_kernel, (triton.cdiv(num_items, items),),
             self.work,
             seq_lens,
             num_reqs,
@@ -295,7 +308,7 @@ class DecodePlan:
             MIN_BLOCKS=tuning.min_blocks,
             ITEM_BLOCKS=max(1, item_tokens // limits.block_size),
             ITEM_OVERHEAD=tuning.item_overhead,
-            REQS_PADDED=triton.next_power_of_2(num_reqs),
+            REQS_PADDED=_padded_reqs(num_reqs),
             ITEMS=items,
             INVARIANT_BLOCKS=INVARIANT_BLOCKS,
             INVARIANT_ITEMS=limits.max_request_items if limits.batch_invariant else 0,

@@ -1,5 +1,8 @@
 """The query rows of one KV group, as the decode kernels take them."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
@@ -8,6 +11,32 @@ from ..cache.fp8_split import exponent_to_scale, round_to_e4m3, scale_rows
 PART_SCALE: tl.constexpr = tl.constexpr(32.0)
 """Factor between one part of a query and the next: a part's rounding error, at most 2^3 beside
 elements of at most 2^8, becomes at most 2^8."""
+
+
+class QueryShape(NamedTuple):
+    """Constants of a batch's queries. GROUP query heads share a KV head, a request has up to
+    QUERY_LEN tokens; ROWS is their product, the rows of a KV group. PARTS: see `split_query`."""
+
+    NUM_KV_HEADS: int
+    GROUP: int
+    QUERY_LEN: int
+    ROWS: int
+    ROWS_PADDED: int
+    PARTS: int
+
+
+class HeadRows(NamedTuple):
+    """A tensor `[num_tokens, num_heads, head_size]` as kernels take it."""
+
+    pointer: torch.Tensor
+    stride_token: int
+    stride_head: int
+
+
+def head_rows(tensor: torch.Tensor) -> HeadRows:
+    """The tensor as kernels take it; its last dimension is contiguous."""
+    assert tensor.stride(2) == 1
+    return HeadRows(tensor, *tensor.stride()[:2])
 
 
 @triton.jit
@@ -32,24 +61,22 @@ def query_rows(query_len, GROUP: tl.constexpr, ROWS_PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_query(
-    query_ptr, stride_token, stride_head, query_len, columns,
-    GROUP: tl.constexpr, ROWS_PADDED: tl.constexpr, HEAD_SIZE: tl.constexpr, PARTS: tl.constexpr,
-):
-    """The query as it is, PARTS times, `[PARTS * ROWS_PADDED, HEAD_SIZE_PADDED]`."""
-    rows = tl.arange(0, PARTS * ROWS_PADDED) % ROWS_PADDED
-    places = rows // GROUP * stride_token + rows % GROUP * stride_head
+def load_query(query, token, kv_head, query_len, columns, QUERY: tl.constexpr, PAGE: tl.constexpr):
+    """The query rows of a KV head from `token` on, as they are, PARTS times,
+    `[PARTS * ROWS_PADDED, HEAD_SIZE_PADDED]`. `query`: of `head_rows`."""
+    rows = tl.arange(0, QUERY.PARTS * QUERY.ROWS_PADDED) % QUERY.ROWS_PADDED
+    first_head = kv_head * QUERY.GROUP
+    pointer = query.pointer + token * query.stride_token + first_head * query.stride_head
+    places = rows // QUERY.GROUP * query.stride_token + rows % QUERY.GROUP * query.stride_head
     return tl.load(
-        query_ptr + places[:, None] + columns[None, :],
-        mask=(rows < GROUP * query_len)[:, None] & (columns < HEAD_SIZE)[None, :],
+        pointer + places[:, None] + columns[None, :],
+        mask=(rows < QUERY.GROUP * query_len)[:, None] & (columns < PAGE.HEAD_SIZE)[None, :],
         other=0.0,
     )
 
 
 @triton.jit
-def split_query(
-    query, scale_log2, ROWS_PADDED: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr
-):
+def split_query(query, scale_log2, QUERY: tl.constexpr, DTYPE: tl.constexpr):
     """The query `[HEAD_SIZE_PADDED, PARTS * ROWS_PADDED]` and the factor on its scores.
 
     PARTS 1: the query itself, for keys in its dtype. PARTS 2: E4M3 parts for E4M3 keys, side by
@@ -57,6 +84,8 @@ def split_query(
     log2 units) takes back, and is the sum of part i / PART_SCALE^i. Two parts hold a bfloat16
     element without error down to 2^-14 of the row's largest.
     """
+    PARTS: tl.constexpr = QUERY.PARTS
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     factor = tl.full([ROWS_PADDED], 1.0, tl.float32) * scale_log2
     if PARTS > 1:
         parts = tl.arange(0, PARTS * ROWS_PADDED) // ROWS_PADDED
@@ -73,8 +102,10 @@ def split_query(
 
 
 @triton.jit
-def dot_query(tokens, query, PARTS: tl.constexpr, ROWS_PADDED: tl.constexpr):
+def dot_query(tokens, query, QUERY: tl.constexpr):
     """`tokens` `[TOKENS, HEAD_SIZE_PADDED]` times the query, float32 `[TOKENS, ROWS_PADDED]`."""
+    PARTS: tl.constexpr = QUERY.PARTS
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     scores = tl.dot(tokens, query)
     if PARTS > 1:
         weights = exponent_to_scale(127 - 5 * tl.arange(0, PARTS))  # PART_SCALE^-part

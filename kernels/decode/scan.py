@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import (
     load_rows,
     load_tile_exponents,
@@ -12,6 +13,9 @@ from ..cache.paged_rows import (
 )
 from .query import dot_query, load_query, query_rows, query_span, split_query
 
+ANCHOR_TOKENS: tl.constexpr = tl.constexpr(16)
+"""How many of a request's first and of its last tokens set the threshold."""
+
 
 @triton.jit
 def _either(left, left_late, right, right_late):
@@ -19,7 +23,7 @@ def _either(left, left_late, right, right_late):
 
 
 @triton.jit
-def anchor_positions(seq_len, ANCHOR_TOKENS: tl.constexpr):
+def anchor_positions(seq_len):
     """Positions of a request's first and last tokens, -1 or less where there is none.
 
     Twice as many rows as there are anchors, because the matrix unit takes 64.
@@ -31,12 +35,9 @@ def anchor_positions(seq_len, ANCHOR_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def load_anchor_pages(
-    seq_len, block_table_row_ptr, PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr
-):
+def load_anchor_pages(seq_len, block_table_row_ptr, PAGE_SIZE: tl.constexpr):
     """Pages of `anchor_positions`, int64 `[4 * ANCHOR_TOKENS]`."""
-    tl.static_assert(PAGE_SIZE % ANCHOR_TOKENS == 0)
-    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
+    positions = anchor_positions(seq_len)
     # Three page numbers at most, as scalars, so that keys and exponents wait for the same loads.
     last = tl.maximum(seq_len - ANCHOR_TOKENS, 0) // PAGE_SIZE
     first_page = tl.load(block_table_row_ptr)
@@ -47,44 +48,35 @@ def load_anchor_pages(
 
 
 @triton.jit
-def load_anchors(
-    seq_len, pages, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
-    KEY_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, ANCHOR_TOKENS: tl.constexpr, HAS_EXPONENT: tl.constexpr,
-):
+def load_anchors(seq_len, pages, cache, PAGE: tl.constexpr):
     """Base keys at `anchor_positions`, `[4 * ANCHOR_TOKENS, HEAD_SIZE_PADDED]`, and the powers of
-    two that they are stored without."""
-    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
+    two that they are stored without. `cache`: of `cache_of_head`."""
+    positions = anchor_positions(seq_len)
     valid = positions >= 0
     positions = tl.maximum(positions, 0)
     words = tl.zeros([4 * ANCHOR_TOKENS], tl.int32)
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
     if HAS_EXPONENT:
-        exponents = token_pointers(
-            exponent_ptr.to(tl.pointer_type(tl.int32)), pages, positions // 4,
-            exponent_stride_page // 4, 1, PAGE_SIZE // 4,
-        )
-        words = tl.load(exponents, mask=valid, other=0)
+        exponents = cache.key_exponent.pointer.to(tl.pointer_type(tl.int32))
+        exponents += pages * (cache.key_exponent.stride_page // 4)
+        words = tl.load(exponents + positions // 4 % (PAGE.PAGE_SIZE // 4), mask=valid, other=0)
     # Or the loads up to here move behind the keys' way to shared memory, and wait in vain for them.
     tl.debug_barrier()
-    key = load_rows(
-        token_pointers(key_ptr, pages, positions, key_stride_page, KEY_STRIDE, PAGE_SIZE),
-        tl.arange(0, HEAD_SIZE_PADDED), valid, True, HEAD_SIZE, HEAD_SIZE_PADDED,
-    )
+    rows = token_pointers(cache.key, pages, positions, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
+    key = load_rows(rows, tl.arange(0, PAGE.HEAD_SIZE_PADDED), valid, True, PAGE)
     return key, tile_scales(words, positions, HAS_EXPONENT)
 
 
 @triton.jit
 def anchor_threshold(
-    query, factor, limits, delta, seq_len, key, scales,
-    ROWS_PADDED: tl.constexpr, ANCHOR_TOKENS: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    query, factor, limits, delta, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
 ):
     """The largest base score of the anchors minus `delta`, log2 units, `[ROWS_PADDED]`.
 
     `key, scales`: of `load_anchors`. See `scan_blocks` for the other arguments.
     """
-    positions = anchor_positions(seq_len, ANCHOR_TOKENS)
-    scores = dot_query(key.to(DTYPE), query, PARTS, ROWS_PADDED) * factor[None, :]
+    positions = anchor_positions(seq_len)
+    scores = dot_query(key.to(DTYPE), query, QUERY) * factor[None, :]
     seen = (positions >= 0)[:, None] & (positions[:, None] < limits[None, :])
     scores = tl.where(seen, scores * scales[:, None], float("-inf"))
     return tl.max(scores, axis=0) - delta
@@ -93,27 +85,30 @@ def anchor_threshold(
 @triton.jit
 def scan_blocks(
     query, factor, limits, threshold,
-    first_block, step, num_blocks, seq_len, seen_by_all, newest_block, places,
-    scores_ptr, key_ptr, exponent_ptr, key_stride_page, exponent_stride_page,
-    KEY_STRIDE: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr, TILE_BLOCKS: tl.constexpr, WHOLE_PAGES: tl.constexpr,
-    PARTS: tl.constexpr, HAS_EXPONENT: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
+    first_block, step, num_blocks, seq_len, seen_by_all, newest_block, places, scores_ptr, cache,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Scores the `num_blocks` blocks of a chunk, `first_block` and every `step`-th of the request
     after it, in tiles of TILE_BLOCKS.
 
-    `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many
-    tokens of the request a query row sees, `seen_by_all` the least of them. A block is kept if one of its tokens reaches
-    `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
+    `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many tokens of the
+    request a query row sees, `seen_by_all` the least of them. A block is kept if one of its tokens
+    reaches `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
+    `cache`: of `cache_of_head`.
 
     Writes the scores of kept blocks, log2 units, to `scores[index, token, row]`.
     Returns which blocks are kept, as the bits of two int64, bit i of the first for block i of the
     chunk, of the second for block 64 + i, and the largest score of every row, float32
     `[ROWS_PADDED]`.
     """
+    ROWS: tl.constexpr = QUERY.ROWS
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
+    BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
+    TILE_BLOCKS: tl.constexpr = TUNING.TILE_BLOCKS
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     RUNS: tl.constexpr = BLOCK_SIZE // 16
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
     # Rows of a tile: 16 tokens of each block in turn. A warp gets 16 of 64 rows of a product, so
     # that with four blocks each has one of its own, and finds by itself whether to keep it.
     tile_rows = tl.arange(0, TILE)
@@ -123,28 +118,25 @@ def scan_blocks(
     tile_positions = row_blocks * step * BLOCK_SIZE + block_tokens
     tile_blocks = tl.arange(0, TILE_BLOCKS)
     rows = tl.arange(0, ROWS_PADDED)
-    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     kept = tl.zeros([TILE_BLOCKS], tl.int64)
     kept_late = tl.zeros([TILE_BLOCKS], tl.int64)
     largest = tl.full([TILE, ROWS_PADDED], float("-inf"), tl.float32)
     last_row = ((TILE_BLOCKS - 1) * step + 1) * BLOCK_SIZE
     # of scores without the factor; no rounding drops the block that the threshold is from
     threshold = (threshold - tl.abs(threshold) * 1e-6) / factor
-    for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=STAGES):
+    for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=TUNING.SCAN_STAGES):
         block = first_block + index * step
         positions = block * BLOCK_SIZE + tile_positions
+        exists = positions < seq_len
         exponents = load_tile_exponents(
-            exponent_ptr, places, index, tile_tokens, positions < seq_len, exponent_stride_page,
-            PAGE_SIZE, BLOCK_SIZE, UNIT, TILE, HAS_EXPONENT,
+            cache.key_exponent, places, index, tile_tokens, exists, BLOCK, TILE
         )
-        key = load_rows(
-            tile_pointers(
-                key_ptr, places, index, tile_tokens, key_stride_page, KEY_STRIDE, PAGE_SIZE,
-                BLOCK_SIZE, UNIT, TILE,
-            ),
-            columns, positions < seq_len, not WHOLE_PAGES, HEAD_SIZE, HEAD_SIZE_PADDED,
-        ).to(DTYPE)
-        scores = dot_query(key, query, PARTS, ROWS_PADDED)
+        key_rows = tile_pointers(
+            cache.key, places, index, tile_tokens, PAGE.KEY_STRIDE, BLOCK, TILE
+        )
+        key = load_rows(key_rows, columns, exists, not PAGE.WHOLE_PAGES, PAGE).to(DTYPE)
+        scores = dot_query(key, query, QUERY)
         scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
         if block * BLOCK_SIZE + last_row > seen_by_all:
             scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
@@ -170,36 +162,23 @@ def scan_blocks(
     return kept, kept_late, tl.max(largest, axis=0) * factor
 
 
-@triton.jit
+@triton.jit(  # as `decode_kernel`
+    do_not_specialize=["block_table_stride"],
+    do_not_specialize_on_alignment=["block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
+)
 def decode_threshold_kernel(
     threshold_ptr,
-    query_ptr,
-    key_ptr,
-    exponent_ptr,
+    query,
+    cache,
     block_table_ptr,
+    block_table_stride,
     seq_lens_ptr,
     query_start_loc_ptr,
     delta_ptr,
-    scale_log2,
     delta_stride,
-    query_stride_token,
-    query_stride_head,
-    block_table_stride,
-    key_stride_page,
-    key_stride_head,
-    exponent_stride_page,
-    exponent_stride_head,
-    KEY_STRIDE: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERY_LEN: tl.constexpr,
-    ROWS_PADDED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ANCHOR_TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_EXPONENT: tl.constexpr,
+    scale_log2,
+    PAGE: tl.constexpr,
+    QUERY: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """One program: the thresholds of one request and KV head, of `[num_tokens, num_heads]`."""
@@ -208,33 +187,18 @@ def decode_threshold_kernel(
     seq_len = tl.load(seq_lens_ptr + request)
     if seq_len == 0:
         return
-    columns = tl.arange(0, HEAD_SIZE_PADDED)
-    token, query_len = query_span(query_start_loc_ptr, request, QUERY_LEN)
-    row_tokens, row_heads, exists = query_rows(query_len, GROUP, ROWS_PADDED)
+    token, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)
+    row_tokens, row_heads, exists = query_rows(query_len, QUERY.GROUP, QUERY.ROWS_PADDED)
     limits = seq_len - query_len + 1 + row_tokens
-    if HAS_EXPONENT:
-        exponent_ptr += kv_head.to(tl.int64) * exponent_stride_head
-    pages = load_anchor_pages(
-        seq_len, block_table_ptr + request.to(tl.int64) * block_table_stride, PAGE_SIZE,
-        ANCHOR_TOKENS,
-    )
-    key, scales = load_anchors(
-        seq_len, pages, key_ptr + kv_head.to(tl.int64) * key_stride_head, exponent_ptr,
-        key_stride_page, exponent_stride_page,
-        KEY_STRIDE, HEAD_SIZE, HEAD_SIZE_PADDED, PAGE_SIZE, ANCHOR_TOKENS, HAS_EXPONENT,
-    )
-    query = load_query(
-        query_ptr + token * query_stride_token + kv_head * GROUP * query_stride_head,
-        query_stride_token, query_stride_head, query_len, columns,
-        GROUP, ROWS_PADDED, HEAD_SIZE, PARTS,
-    )
-    query, factor = split_query(query, scale_log2, ROWS_PADDED, PARTS, DTYPE)
-    threshold = anchor_threshold(
-        query, factor, limits, tl.load(delta_ptr + request * delta_stride), seq_len, key, scales,
-        ROWS_PADDED, ANCHOR_TOKENS, PARTS, DTYPE,
-    )
-    tl.store(
-        threshold_ptr + (token + row_tokens) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row_heads,
-        threshold,
-        mask=exists,
-    )
+    cache = cache_of_head(cache, kv_head.to(tl.int64))
+    block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
+    pages = load_anchor_pages(seq_len, block_table_row_ptr, PAGE.PAGE_SIZE)
+    key, scales = load_anchors(seq_len, pages, cache, PAGE)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
+    rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
+    delta = tl.load(delta_ptr + request * delta_stride)
+    threshold = anchor_threshold(rows, factor, limits, delta, seq_len, key, scales, QUERY, DTYPE)
+    NUM_HEADS: tl.constexpr = QUERY.NUM_KV_HEADS * QUERY.GROUP
+    place = (token + row_tokens) * NUM_HEADS + kv_head * QUERY.GROUP + row_heads
+    tl.store(threshold_ptr + place, threshold, mask=exists)

@@ -10,21 +10,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cache.cache_rows import plane_arguments, plane_constants, store_key_rows, store_value_rows
+from ..cache.cache_rows import store_key_rows, store_value_rows
 from ..cache.page_layout import KVPlanes
-from ..runtime import compute_dtype, pdl_arguments, wait_and_release
+from ..cache.paged_cache import page_shape, paged_cache
+from ..runtime import compute_dtype, launch, pdl_arguments, wait_and_release
 from .qkv_heads import QKVHeads, load_rotation, norm_and_rotate, rotation_partners, round_to
 from .tuning import MAX_PROJECTED_TOKENS, ProjectionTuning
 
 
 @triton.jit
-def _load_positions(
-    positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots, WRITE_CACHE: tl.constexpr
-):
+def _load_positions(positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots):
     """Positions and slots of the tokens `rows`; 0 and -1 where there is none."""
     positions = tl.load(positions_ptr + rows, mask=rows < num_tokens, other=0).to(tl.int64)
     slots = tl.full(rows.shape, -1, tl.int64)
-    if WRITE_CACHE:
+    if slot_mapping_ptr is not None:
         slots = tl.load(slot_mapping_ptr + rows, mask=rows < num_slots, other=-1).to(tl.int64)
     return positions, slots
 
@@ -32,7 +31,7 @@ def _load_positions(
 @triton.jit
 def _add_up(
     sums_ptr, rows, columns, mask, bias_ptr, split_stride,
-    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+    SPLITS: tl.constexpr, dtype: tl.constexpr,
 ):
     """`columns` of the projections in float32: the sums of all splits in order, and the bias,
     rounded to `dtype` as a linear layer rounds them."""
@@ -44,13 +43,16 @@ def _add_up(
     x = loaded[0]
     for split in tl.static_range(1, SPLITS):
         x += loaded[split]
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias_places = bias_ptr + tl.zeros_like(rows)[:, None] + columns[None, :]
         x += tl.load(bias_places, mask=mask, other=0.0).to(tl.float32)
     return round_to(x, dtype)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])  # batches share one compilation
+@triton.jit(  # batches share one compilation
+    do_not_specialize=["num_tokens", "num_slots"],
+    do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"],
+)
 def _project_write_kernel(
     hidden_ptr,
     weight_ptr,
@@ -63,21 +65,7 @@ def _project_write_kernel(
     cos_sin_ptr,
     query_norm_ptr,
     key_norm_ptr,
-    key_plane_ptr,
-    residual_plane_ptr,
-    exponent_plane_ptr,
-    value_plane_ptr,
-    value_exponent_plane_ptr,
-    key_plane_stride_page,
-    key_plane_stride_head,
-    residual_plane_stride_page,
-    residual_plane_stride_head,
-    exponent_plane_stride_page,
-    exponent_plane_stride_head,
-    value_plane_stride_page,
-    value_plane_stride_head,
-    value_exponent_plane_stride_page,
-    value_exponent_plane_stride_head,
+    cache,
     num_tokens,
     num_slots,
     hidden_size,
@@ -86,14 +74,7 @@ def _project_write_kernel(
     output_stride,
     cos_sin_stride,
     epsilon,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_PADDED: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    IS_NEOX_STYLE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    QKV: tl.constexpr,
     EVEN_HIDDEN: tl.constexpr,
     SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -101,16 +82,15 @@ def _project_write_kernel(
     FINISH_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
-    WRITE_CACHE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FP8_KEY: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    FP8_VALUE: tl.constexpr,
-    RESIDUAL_SCALE: tl.constexpr,
+    PAGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_and_release(PDL)
-    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE
+    HEAD_SIZE: tl.constexpr = QKV.HEAD_SIZE
+    HEAD_SIZE_PADDED: tl.constexpr = QKV.HEAD_SIZE_PADDED
+    FIRST_KEY: tl.constexpr = QKV.NUM_HEADS  # number of the first head of K
+    FIRST_VALUE: tl.constexpr = FIRST_KEY + QKV.NUM_KV_HEADS
+    WIDTH: tl.constexpr = (FIRST_VALUE + QKV.NUM_KV_HEADS) * HEAD_SIZE
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -120,12 +100,10 @@ def _project_write_kernel(
     in_batch = tokens < num_tokens
     block = tl.arange(0, HIDDEN_BLOCK)
     rows = tl.arange(0, FINISH_ROWS)
-    rotates = head < NUM_HEADS + NUM_KV_HEADS
+    rotates = head < FIRST_VALUE
     num_rotated = tl.where(rotates, num_tokens, 0)
     # what the last program of a head needs is asked for by all, before they know who it is
-    positions, slots = _load_positions(
-        positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots, WRITE_CACHE
-    )
+    positions, slots = _load_positions(positions_ptr, slot_mapping_ptr, rows, num_tokens, num_slots)
 
     weight_rows = weight_ptr + (head * HEAD_SIZE + columns).to(tl.int64)[:, None] * weight_stride
     hidden_rows = hidden_ptr + tokens[None, :] * hidden_stride
@@ -147,10 +125,8 @@ def _project_write_kernel(
         hidden = tl.load(hidden_rows + places[:, None], mask=hidden_mask, other=0.0)
         sums = tl.dot(weight.to(DOT_DTYPE), hidden.to(DOT_DTYPE), sums)  # [HEAD_SIZE, TOKENS]
 
-    cos, sin = load_rotation(
-        cos_sin_ptr, cos_sin_stride, positions, columns,
-        (rows < num_rotated)[:, None] & is_column[None, :], ROTARY_DIM, IS_NEOX_STYLE,
-    )
+    rotated = (rows < num_rotated)[:, None] & is_column[None, :]
+    cos, sin = load_rotation(cos_sin_ptr, cos_sin_stride, positions, columns, rotated, QKV)
     split_stride = num_tokens * WIDTH
     sums_rows = sums_ptr + split * split_stride + tokens[None, :] * WIDTH
     tl.store(
@@ -164,55 +140,38 @@ def _project_write_kernel(
         tl.store(arrived_ptr + head, 0)
         head_columns = head * HEAD_SIZE + columns
         norm_ptr = query_norm_ptr
-        if HAS_NORM:
-            if head >= NUM_HEADS:
+        if query_norm_ptr is not None:
+            if head >= FIRST_KEY:
                 norm_ptr = key_norm_ptr
         for _ in tl.range(0, num_tokens, FINISH_ROWS):
             next_rows = rows + FINISH_ROWS
             positions, next_slots = _load_positions(
-                positions_ptr, slot_mapping_ptr, next_rows, num_tokens, num_slots, WRITE_CACHE
+                positions_ptr, slot_mapping_ptr, next_rows, num_tokens, num_slots
             )
             mask = (rows < num_tokens)[:, None] & is_column[None, :]
             x = _add_up(
                 sums_ptr, rows * WIDTH, head_columns, mask, bias_ptr, split_stride,
-                SPLITS, HAS_BIAS, dtype,
+                SPLITS, dtype,
             )
             if rotates:
-                partners = rotation_partners(columns, ROTARY_DIM, IS_NEOX_STYLE)
+                partners = rotation_partners(columns, QKV)
                 partner = tl.gather(x, tl.broadcast_to(partners[None, :], x.shape), 1)
-                x = norm_and_rotate(
-                    x, partner, cos, sin, columns, norm_ptr, epsilon,
-                    HEAD_SIZE, ROTARY_DIM, IS_NEOX_STYLE, HAS_NORM,
-                )
+                x = norm_and_rotate(x, partner, cos, sin, columns, norm_ptr, epsilon, QKV)
             x = round_to(x, dtype)
             output_rows = output_ptr + rows.to(tl.int64)[:, None] * output_stride
             tl.store(output_rows + head_columns[None, :], x.to(dtype), mask=mask)
-            if WRITE_CACHE:
-                if head >= NUM_HEADS:
+            if slot_mapping_ptr is not None:
+                if head >= FIRST_KEY:
                     written = (slots >= 0)[:, None] & is_column[None, :]
-                    if head < NUM_HEADS + NUM_KV_HEADS:
-                        store_key_rows(
-                            x, slots, (head - NUM_HEADS).to(tl.int64), columns, written,
-                            key_plane_ptr, residual_plane_ptr, exponent_plane_ptr,
-                            key_plane_stride_page, key_plane_stride_head,
-                            residual_plane_stride_page, residual_plane_stride_head,
-                            exponent_plane_stride_page, exponent_plane_stride_head,
-                            PAGE_SIZE, HEAD_SIZE, FP8_KEY, HAS_RESIDUAL, RESIDUAL_SCALE,
-                        )
+                    if head < FIRST_VALUE:
+                        kv_head = (head - FIRST_KEY).to(tl.int64)
+                        store_key_rows(x, slots, kv_head, columns, written, cache, PAGE)
                     else:
-                        store_value_rows(
-                            x, slots, (head - NUM_HEADS - NUM_KV_HEADS).to(tl.int64), columns,
-                            written, value_plane_ptr, value_exponent_plane_ptr,
-                            value_plane_stride_page, value_plane_stride_head,
-                            value_exponent_plane_stride_page, value_exponent_plane_stride_head,
-                            PAGE_SIZE, HEAD_SIZE, FP8_VALUE,
-                        )
+                        kv_head = (head - FIRST_VALUE).to(tl.int64)
+                        store_value_rows(x, slots, kv_head, columns, written, cache, PAGE)
             rows, slots = next_rows, next_slots
-            cos, sin = load_rotation(
-                cos_sin_ptr, cos_sin_stride, positions, columns,
-                (rows < num_rotated)[:, None] & is_column[None, :],
-                ROTARY_DIM, IS_NEOX_STYLE,
-            )
+            rotated = (rows < num_rotated)[:, None] & is_column[None, :]
+            cos, sin = load_rotation(cos_sin_ptr, cos_sin_stride, positions, columns, rotated, QKV)
 
 
 @dataclass(frozen=True)
@@ -282,7 +241,8 @@ def project_rope_and_write(
     assert scratch.sums.numel() >= tuning.splits * num_tokens * width
     assert scratch.arrived.numel() >= heads.num_all_heads
     write = planes is not None and slot_mapping is not None and slot_mapping.shape[0] > 0
-    _project_write_kernel[(heads.num_all_heads, tuning.splits)](
+    launch(
+        _project_write_kernel, (heads.num_all_heads, tuning.splits),
         hidden_states,
         weight,
         bias,
@@ -294,7 +254,7 @@ def project_rope_and_write(
         heads.cos_sin_cache,
         heads.query_norm,
         heads.key_norm,
-        *plane_arguments(planes if write else None),
+        paged_cache(planes if write else None),
         num_tokens,
         min(slot_mapping.shape[0], num_tokens) if write else 0,
         hidden_size,
@@ -303,12 +263,10 @@ def project_rope_and_write(
         output.stride(0),
         heads.cos_sin_cache.stride(0),
         heads.epsilon,
-        **heads.constants,
-        HAS_BIAS=bias is not None,
+        QKV=heads.shape,
         EVEN_HIDDEN=hidden_size % tuning.hidden_block == 0,
         **tuning.launch(num_tokens, heads.head_size),
         DOT_DTYPE=compute_dtype(hidden_states.dtype),
-        WRITE_CACHE=write,
+        PAGE=page_shape(planes if write else None),
         **pdl_arguments(hidden_states.device),
-        **plane_constants(planes if write else None),
     )

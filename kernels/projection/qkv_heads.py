@@ -1,6 +1,7 @@
 """How a packed QKV row is cut into heads, and what happens to each head before attention."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,6 +10,17 @@ import triton.language as tl
 from ..runtime import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+class QKVShape(NamedTuple):
+    """Constants of `QKVHeads`."""
+
+    NUM_HEADS: int
+    NUM_KV_HEADS: int
+    HEAD_SIZE: int
+    HEAD_SIZE_PADDED: int
+    ROTARY_DIM: int
+    IS_NEOX_STYLE: bool
 
 
 @dataclass(frozen=True)
@@ -59,46 +71,38 @@ class QKVHeads:
         return self.num_kv_heads * self.head_size
 
     @property
-    def constants(self) -> dict[str, int | bool]:
-        """The constexpr arguments of kernels that call `norm_and_rotate`."""
-        return {
-            "NUM_HEADS": self.num_heads,
-            "NUM_KV_HEADS": self.num_kv_heads,
-            "HEAD_SIZE": self.head_size,
-            "HEAD_SIZE_PADDED": triton.next_power_of_2(self.head_size),
-            "ROTARY_DIM": self.rotary_dim,
-            "IS_NEOX_STYLE": self.is_neox_style,
-            "HAS_NORM": self.query_norm is not None,
-        }
+    def shape(self) -> QKVShape:
+        """What the compiler is to know of the heads."""
+        return QKVShape(
+            self.num_heads, self.num_kv_heads, self.head_size,
+            triton.next_power_of_2(self.head_size), self.rotary_dim, self.is_neox_style,
+        )
 
 
 @triton.jit
-def rotation_partners(columns, ROTARY_DIM: tl.constexpr, IS_NEOX_STYLE: tl.constexpr):
+def rotation_partners(columns, QKV: tl.constexpr):
     """The element that each of `columns` is rotated with; itself where there is no rotation."""
-    if IS_NEOX_STYLE:
-        HALF: tl.constexpr = ROTARY_DIM // 2
+    if QKV.IS_NEOX_STYLE:
+        HALF: tl.constexpr = QKV.ROTARY_DIM // 2
         partners = tl.where(columns < HALF, columns + HALF, columns - HALF)
     else:
         partners = columns ^ 1
-    return tl.where(columns < ROTARY_DIM, partners, columns)
+    return tl.where(columns < QKV.ROTARY_DIM, partners, columns)
 
 
 @triton.jit
-def load_rotation(
-    cos_sin_ptr, cos_sin_stride, positions, columns, mask,
-    ROTARY_DIM: tl.constexpr, IS_NEOX_STYLE: tl.constexpr,
-):
+def load_rotation(cos_sin_ptr, cos_sin_stride, positions, columns, mask, QKV: tl.constexpr):
     """Cosine and sine of each element, `[ROWS, HEAD_SIZE_PADDED]` in the dtype of the cache: 1
     and 0 where nothing rotates, and outside of `mask`.
 
     `positions` is int64 `[ROWS]`.
     """
-    HALF: tl.constexpr = ROTARY_DIM // 2
-    if IS_NEOX_STYLE:
+    HALF: tl.constexpr = QKV.ROTARY_DIM // 2
+    if QKV.IS_NEOX_STYLE:
         frequency = tl.where(columns < HALF, columns, columns - HALF)
     else:
         frequency = columns // 2
-    rotated = mask & (columns < ROTARY_DIM)[None, :]
+    rotated = mask & (columns < QKV.ROTARY_DIM)[None, :]
     angles = cos_sin_ptr + (positions * cos_sin_stride)[:, None] + frequency[None, :]
     cos = tl.load(angles, mask=rotated, other=1.0)
     sin = tl.load(angles + HALF, mask=rotated, other=0.0)
@@ -107,24 +111,23 @@ def load_rotation(
 
 @triton.jit
 def norm_and_rotate(
-    x, partner, cos, sin, columns, norm_ptr, epsilon,
-    HEAD_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX_STYLE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    x, partner, cos, sin, columns, norm_ptr, epsilon, QKV: tl.constexpr
 ):
     """Rows of heads, float32 `[ROWS, HEAD_SIZE_PADDED]`, after norm and rotation.
 
     `partner` holds the same rows with their columns in the order of `rotation_partners`; both are
-    0 in rows and columns that do not exist. `cos, sin`: of `load_rotation`.
+    0 in rows and columns that do not exist. `cos, sin`: of `load_rotation`. No norm where
+    `norm_ptr` is None.
     """
-    if HAS_NORM:
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_SIZE + epsilon)
-        others = rotation_partners(columns, ROTARY_DIM, IS_NEOX_STYLE)
-        is_column = columns < HEAD_SIZE
+    if norm_ptr is not None:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / QKV.HEAD_SIZE + epsilon)
+        others = rotation_partners(columns, QKV)
+        is_column = columns < QKV.HEAD_SIZE
         weight = tl.load(norm_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
         others_weight = tl.load(norm_ptr + others, mask=is_column, other=0.0).to(tl.float32)
         x *= inverse[:, None] * weight[None, :]
         partner *= inverse[:, None] * others_weight[None, :]
-    is_first = columns < ROTARY_DIM // 2 if IS_NEOX_STYLE else columns % 2 == 0
+    is_first = columns < QKV.ROTARY_DIM // 2 if QKV.IS_NEOX_STYLE else columns % 2 == 0
     sin = sin.to(tl.float32)
     return x * cos.to(tl.float32) + partner * tl.where(is_first[None, :], -sin, sin)
 

@@ -152,8 +152,7 @@ def make_batch(case: Case) -> Batch:
 
 def poisoned_scratch(limits: DecodeLimits, device: str) -> DecodeScratch:
     scratch = DecodeScratch.allocate(limits, torch.device(device))
-    for field in dataclasses.fields(scratch):
-        tensor = getattr(scratch, field.name)
+    for tensor in scratch:
         tensor.fill_(math.nan if tensor.is_floating_point() else -7)
     return scratch
 

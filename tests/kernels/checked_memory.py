@@ -1,9 +1,20 @@
 """Checks every address that interpreted kernels read or write: it lies in the storage of one of
 their tensors."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter
+
+
+def tensors(arguments) -> Iterator[torch.Tensor]:
+    """Those among a kernel's arguments, in tuples, too."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors(argument)
 
 
 class CheckedMemory:
@@ -19,7 +30,7 @@ class CheckedMemory:
         return getattr(self.memory, name)
 
     def allow(self, arguments) -> None:
-        storages = [a.untyped_storage() for a in arguments if isinstance(a, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in tensors(arguments)]
         ranges = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
         self.starts, self.ends = np.array(ranges, dtype=np.uint64).reshape(-1, 2).T
 

@@ -31,6 +31,19 @@ def test_reads_outside_are_found(begin):
     run(source, begin, masked=True)
 
 
+@triton.jit
+def _read(target_ptr, source, begin):
+    tl.store(target_ptr, tl.load(source[0] + begin))
+
+
+def test_tensors_in_tuples_are_checked():
+    source, target = torch.ones(8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    _read[(1,)](target, (source, None), 7)
+    assert target == 1
+    with pytest.raises(Exception, match="read of 1 elements outside"):
+        _read[(1,)](target, (source, None), 8)
+
+
 def test_writes_outside_are_found():
     with pytest.raises(Exception, match="write of 1 elements outside"):
         run(torch.ones(8, dtype=torch.int32), target=7)

@@ -48,6 +48,11 @@ def keys(*shape: int, dtype=FP8) -> dict:
             {"v": torch.zeros(2, 40, 64, 2, dtype=HALF).transpose(2, 3)},
             "last dimension contiguous",
         ),
+        ({"v": torch.zeros(2, 40, 2, 68, dtype=HALF)[..., :64]}, "v must begin at multiples of 16"),
+        (
+            {"k_fp8": torch.zeros(2 * 40 * 2 * 64 + 8, dtype=FP8)[8:].view(2, 40, 2, 64)},
+            "k_fp8, k_residual and v must begin at multiples of 16 bytes: pass tensor.clone",
+        ),
         ({"k_residual": None}, "use_fp8_residual needs k_residual"),
         ({"k_residual": torch.zeros(2, 39, 2, 64, dtype=FP8)}, "like k_fp8"),
         ({"k_residual": torch.zeros(2, 40, 2, 64, dtype=HALF)}, "float8_e4m3fn, like k_fp8"),

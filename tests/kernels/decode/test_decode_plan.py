@@ -136,7 +136,7 @@ def test_a_batch_beyond_the_limits(device):
 
 def test_scratch_follows_its_shapes():
     scratch = DecodeScratch.allocate(LIMITS[1], torch.device("cpu"))
-    found = [(tuple(tensor.shape), tensor.dtype) for tensor in vars(scratch).values()]
+    found = [(tuple(tensor.shape), tensor.dtype) for tensor in scratch]
     assert found == list(LIMITS[1].scratch_shapes)
     rows = (LIMITS[1].num_items(40), 4 * 4)
     assert found[:2] == [((*rows, 64), torch.float32), (rows, torch.float32)]
