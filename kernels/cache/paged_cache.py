@@ -1,4 +1,4 @@
-"""The paged cache as kernels take it: a tuple of planes, and what the compiler is to know of them."""
+"""The paged cache as kernels take it: a tuple of planes, and the constants that go with them."""
 
 from typing import NamedTuple
 

@@ -121,7 +121,8 @@ def decode_attention(
     elif precomputed_threshold and delta is not None:
         threshold = scratch.threshold
         launch(
-            decode_threshold_kernel, (num_reqs, num_kv_heads), threshold, seq_lens_ptr=seq_lens, num_warps=4, **common
+            decode_threshold_kernel, (num_reqs, num_kv_heads), threshold,
+            seq_lens_ptr=seq_lens, num_warps=4, **common,
         )
     launch(
         decode_kernel, (num_kv_heads, plan.num_items),

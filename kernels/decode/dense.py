@@ -103,9 +103,8 @@ def attn_forward_decode_fp8fp8(
 
 
 def _rows_are_aligned(tensor: torch.Tensor) -> bool:
-    strides = [step for step, size in zip(tensor.stride(), tensor.shape[:3], strict=False) if size > 1]
-    steps = [step * tensor.element_size() for step in strides]
-    return all(n % 16 == 0 for n in (tensor.data_ptr(), *steps))
+    steps = [tensor.stride(dim) for dim in range(3) if tensor.shape[dim] > 1]
+    return all(n % 16 == 0 for n in (tensor.data_ptr(), *(n * tensor.itemsize for n in steps)))
 
 
 def _check(q, k, v, residual, BS, SBS, delta, threshold, use_residual) -> None:
