@@ -9,10 +9,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test serve doctor lint tables gpu-test bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo test serve doctor lint check-compiled tables gpu-test bench-decode bench-serving bench-kproj clean
 
 help:
-	@echo "make setup | demo | test | serve | doctor | lint | tables | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
+	@echo "make setup | demo | test | serve | doctor | lint | check-compiled | tables | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
 	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, ARGS='...' adds arguments."
 
 setup: $(READY)
@@ -32,6 +32,9 @@ test: $(READY)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check-compiled: $(READY)
+	@$(BIN)/python scripts/check_compiled.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -53,4 +56,4 @@ bench-kproj: $(READY)
 	@$(BIN)/ffa-fp8fp8 bench-kproj $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .triton build *.egg-info

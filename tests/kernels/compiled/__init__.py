@@ -1,0 +1,1 @@
+"""What the kernels compile to, seen on a machine without a GPU."""
