@@ -19,6 +19,13 @@ def batch_invariant() -> bool:
     return bool(envs.VLLM_BATCH_INVARIANT)
 
 
+def compile_threads() -> int:
+    """VLLM_TRITON_JIT_WARMUP_NUM_THREADS, as vLLM reads it: threads that compile at a time."""
+    from vllm import envs
+
+    return max(1, envs.VLLM_TRITON_JIT_WARMUP_NUM_THREADS)
+
+
 def config() -> str | None:
     """A preset's name or the path of a YAML file, None where unset or empty."""
     return os.environ.get(CONFIG_VARIABLE) or None

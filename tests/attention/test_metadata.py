@@ -19,8 +19,14 @@ SPEC = FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=128, dtype=tor
 
 
 def layer(group: int, backend=FFAFP8FP8Backend) -> SimpleNamespace:
-    ops = SimpleNamespace(make_plan=lambda block_size: None)
-    impl = SimpleNamespace(config=FFAConfig(), ops=ops, num_heads=2 * group, num_kv_heads=2)
+    ops = SimpleNamespace(make_plan=lambda block_size: None, compile=lambda planes: None)
+    impl = SimpleNamespace(
+        config=FFAConfig(),
+        ops=ops,
+        num_heads=2 * group,
+        num_kv_heads=2,
+        planes_to_be=lambda page_size: None,
+    )
     return SimpleNamespace(impl=impl, get_attn_backend=lambda: backend)
 
 
@@ -179,5 +185,5 @@ def test_batch_invariant_norms_are_cut_alike(monkeypatch, batch_invariant):
     ops.batch_invariant = batch_invariant
     monkeypatch.setattr(cuda_ops, "rope_and_write", lambda *given: tunings.add(given[6]))
     for num_tokens in (1, 64, 65, 4096):
-        ops.rope_and_write(torch.empty(num_tokens, 0), None, None, None, None, None)
+        ops.rope_and_write(torch.empty(num_tokens, 0), None, None, object(), None, None)
     assert None not in tunings and (len(tunings) == 1) == batch_invariant

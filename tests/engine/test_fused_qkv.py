@@ -100,7 +100,19 @@ def run(attention, vllm_config, slots) -> tuple[torch.Tensor, ...]:
     starts = torch.tensor([0, TOKENS], dtype=torch.int32)
     pages = torch.arange(NUM_PAGES, dtype=torch.int32)
     prefill = PrefillBatch(starts, starts, pages[None], [0, TOKENS], [TOKENS])
-    metadata = FFAFP8FP8Metadata(0, 1, TOKENS, starts[:0], pages[:0, None], 16, None, None, prefill)
+    metadata = FFAFP8FP8Metadata(
+        num_decodes=0,
+        num_decode_tokens=0,
+        query_len=1,
+        query_start_loc=None,
+        num_actual_tokens=TOKENS,
+        seq_lens=starts[:0],
+        block_table=pages[:0, None],
+        block_size=16,
+        delta=None,
+        plan=None,
+        prefill=prefill,
+    )
     name = attention.attn.layer_name
     hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
     with (
@@ -261,7 +273,7 @@ def test_planes_live_as_long_as_the_cache(distributed, monkeypatch):
     when it is bound."""
     attention = make_attention(LlamaAttention, make_config())
     impl, prepared = attention.attn.impl, []
-    monkeypatch.setattr(impl.ops, "prepare", lambda planes: prepared.append(id(planes)))
+    monkeypatch.setattr(impl.ops, "compile", lambda planes: prepared.append(id(planes)))
     cache = torch.zeros(2, KV_HEADS, PAGE_SIZE, impl.layout.bytes_per_token, dtype=torch.uint8)
     planes = impl.planes(cache)
     assert impl.planes(cache) is planes

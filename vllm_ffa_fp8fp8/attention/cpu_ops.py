@@ -23,7 +23,10 @@ class CpuOps:
     def reserve_scratch(self) -> None:
         pass
 
-    def prepare(self, planes: KVPlanes) -> None:
+    def compile_early(self) -> None:
+        pass
+
+    def compile(self, planes: KVPlanes) -> None:
         pass
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:

@@ -4,10 +4,11 @@ import torch
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8.attention import warmup
 from vllm_ffa_fp8fp8.attention.geometry import decode_query_len, pruning_block_size
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
 from vllm_ffa_fp8fp8.integration.compat import load_flash_attention
-from vllm_ffa_fp8fp8.kernels.cache.kv_gather import compile_gather, gather_kv
+from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.decode.attention import decode_attention
@@ -33,6 +34,7 @@ class CudaOps:
     def __init__(self, impl, vllm_config):
         self.impl = impl
         self.vllm_config = vllm_config
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
         self.arrived: torch.Tensor | None = None  # counters of `project_rope_and_write`
@@ -43,7 +45,7 @@ class CudaOps:
     def decode_limits(self, block_size: int) -> DecodeLimits:
         impl = self.impl
         return DecodeLimits.on_device(
-            torch.device("cuda", torch.cuda.current_device()),
+            self.device,
             num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
             seq_len=self.max_model_len,
             num_heads=impl.num_heads,
@@ -58,21 +60,26 @@ class CudaOps:
         )
 
     def make_plan(self, block_size: int) -> DecodePlan:
-        device = torch.device("cuda", torch.cuda.current_device())
-        return DecodePlan.allocate(self.decode_limits(block_size), device)
+        return DecodePlan.allocate(self.decode_limits(block_size), self.device)
 
     def reserve_scratch(self) -> None:
         """Grows the workspace to what any step can need, before vLLM measures and locks it."""
         page_size = self.vllm_config.cache_config.block_size
-        self._scratch(self.decode_limits(pruning_block_size(page_size, self.impl.config)))
+        limits = self.decode_limits(pruning_block_size(page_size, self.impl.config))
+        self._workspace(self.device, *limits.scratch_shapes)
         self._context(self.max_model_len)
         fused = self.impl.fused_qkv
-        if fused is not None and fused.largest_projected_batch:
-            self._projection_scratch(fused.largest_projected_batch, fused.heads, fused.hidden_size)
+        if fused is not None and (largest := fused.largest_projected_batch):
+            self._projection_scratch(largest, fused.heads, fused.hidden_size, self.device)
 
-    def prepare(self, planes: KVPlanes) -> None:
-        """Compiles what no step of the start-up launches, for a cache that was just bound."""
-        compile_gather(planes, self.dtype)
+    def compile_early(self) -> None:
+        """Begins to compile what steps will launch, when the last layer is loaded."""
+        warmup.compile_early(self.vllm_config)
+
+    def compile(self, planes: KVPlanes) -> None:
+        """Compiles what any step can launch on a cache like `planes`."""
+        warmup.wait_for_early()
+        warmup.compile_kernels(self.impl, planes)
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
@@ -86,6 +93,8 @@ class CudaOps:
         return largest_projected_batch(hidden_size)
 
     def rope_and_write(self, qkv, positions, heads: QKVHeads, planes, slot_mapping, rotated):
+        if planes is None:  # the profiling run, which attends to nothing
+            return
         tuning = rope_write_tuning(qkv.shape[0], self.batch_invariant)
         rope_and_write(qkv, positions, heads, planes, slot_mapping, rotated, tuning)
 
@@ -99,8 +108,10 @@ class CudaOps:
         slot_mapping: torch.Tensor | None,
         output: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
     ) -> None:
+        if planes is None:  # the profiling run, which attends to nothing
+            return
         num_tokens, hidden_size = hidden_states.shape
-        scratch = self._projection_scratch(num_tokens, heads, hidden_size)
+        scratch = self._projection_scratch(num_tokens, heads, hidden_size, hidden_states.device)
         project_rope_and_write(
             hidden_states, linear.weight, linear.bias, positions, heads, planes, slot_mapping,
             output, scratch, self.projection_tuning,
@@ -120,7 +131,7 @@ class CudaOps:
             metadata.block_table,
             metadata.seq_lens,
             metadata.plan,
-            self._scratch(metadata.plan.limits),
+            DecodeScratch(*self._workspace(query.device, *metadata.plan.limits.scratch_shapes)),
             output,
             scale=self.impl.scale,
             delta=delta,
@@ -166,25 +177,32 @@ class CudaOps:
                 max(query_lens[first:end]), max(seq_lens), self.impl.scale, output[tokens],
             )  # fmt: skip
 
-    def _scratch(self, limits: DecodeLimits) -> DecodeScratch:
-        return DecodeScratch(*current_workspace_manager().get_simultaneous(*limits.scratch_shapes))
-
     def _projection_scratch(
-        self, num_tokens: int, heads: QKVHeads, hidden_size: int
+        self, num_tokens: int, heads: QKVHeads, hidden_size: int, device: torch.device
     ) -> ProjectionScratch:
-        if self.arrived is None:  # in the profiling run: no graph may capture its making
-            device, num_heads = heads.cos_sin_cache.device, heads.num_all_heads
-            self.projection_tuning = projection_tuning_on(device, num_heads, hidden_size)
+        num_heads = heads.num_all_heads
+        if self.projection_tuning is None:
+            self.projection_tuning = projection_tuning_on(self.device, num_heads, hidden_size)
+        if self.arrived is None and device == self.device:
+            # in the profiling run: no graph may capture its making
             self.arrived = torch.zeros(num_heads, dtype=torch.int32, device=device)
         shape = ProjectionScratch.sums_shape(num_tokens, heads, self.projection_tuning)
-        (sums,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
-        return ProjectionScratch(sums, self.arrived)
+        (sums,) = self._workspace(device, (shape, torch.float32))
+        arrived = self.arrived
+        if device.type == "meta":
+            arrived = torch.empty(num_heads, dtype=torch.int32, device=device)
+        return ProjectionScratch(sums, arrived)
 
     def _context(self, num_tokens: int) -> list[torch.Tensor]:
         shape = (num_tokens, self.impl.num_kv_heads, self.impl.head_size)
-        return current_workspace_manager().get_simultaneous(
-            (shape, self.dtype), (shape, self.dtype)
-        )
+        return self._workspace(self.device, (shape, self.dtype), (shape, self.dtype))
+
+    @staticmethod
+    def _workspace(device: torch.device, *shapes_and_dtypes) -> list[torch.Tensor]:
+        """Tensors of the workspace; of no memory on the meta device, for what only compiles."""
+        if device.type == "meta":
+            return [torch.empty(s, dtype=d, device=device) for s, d in shapes_and_dtypes]
+        return current_workspace_manager().get_simultaneous(*shapes_and_dtypes)
 
 
 def context_chunks(seq_lens: list[int], capacity: int) -> list[tuple[int, int]]:

@@ -35,6 +35,17 @@ class FusedQKV:
     hidden_size: int
     largest_projected_batch: int
 
+    @property
+    def starts_projected(self) -> bool:
+        return self.attention.fused_path == FROM_PROJECTIONS
+
+    @property
+    def kind(self) -> tuple:
+        """What decides, beside the number of tokens, which code its kernels have."""
+        heads, has_bias = self.heads, self.attention.qkv_proj.bias is not None
+        way = (self.starts_projected, self.largest_projected_batch, self.hidden_size, has_bias)
+        return *way, heads.shape, heads.query_norm is not None, heads.cos_sin_cache.dtype
+
 
 def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
     """Makes `attention`, the module around the layer of `impl`, run fused; None, and vLLM's own

@@ -58,6 +58,15 @@ def pruning_block_size(page_size: int, config: FFAConfig) -> int:
     return config.block_size or math.gcd(page_size, 128)
 
 
+def preferred_page_size(vllm_config) -> int:
+    """Tokens of a page, as vLLM chooses it after the layers are loaded: what the user says, or
+    what the backend prefers; other layers of a model can ask for more."""
+    cache_config = vllm_config.cache_config
+    if cache_config.user_specified_block_size:
+        return cache_config.block_size
+    return max(cache_config.DEFAULT_BLOCK_SIZE, PREFERRED_PAGE_SIZE)
+
+
 def layer_impls(vllm_config) -> list:
     """The impls of all layers with this backend, of the model and of one that drafts for it."""
     layers = vllm_config.compilation_config.static_forward_context.values()

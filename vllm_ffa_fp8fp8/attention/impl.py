@@ -58,8 +58,12 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.ops = Ops(self, vllm_config)
         self.is_dense: bool | None = None
         self.counters: torch.Tensor | None = None  # int64 [2]: kept and all blocks
+        if self.config.record_skip_ratio:
+            device = current_platform.device_type
+            self.counters = torch.zeros(2, dtype=torch.int64, device=device)
         self.fused_qkv: FusedQKV | None = None
         self.attention: torch.nn.Module | None = None  # the module that holds this layer
+        self.is_loaded = False
         if self.config.fused_kproj != "off":
             patches.note_attention_modules(type(self))
 
@@ -69,13 +73,20 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         planes = getattr(kv_cache, "ffa_planes", None)
         if planes is None:
             planes = kv_cache.ffa_planes = self.layout.split(kv_cache)
-            self.ops.prepare(planes)
+            self.ops.compile(planes)
         return planes
+
+    def planes_to_be(self, page_size: int) -> KVPlanes:
+        """The planes of a cache that there is not yet, on the meta device."""
+        shape = (1, self.num_kv_heads, page_size, self.layout.bytes_per_token)
+        return self.layout.split(torch.empty(shape, dtype=torch.uint8, device="meta"))
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Fuses the attention module's forward, where that can be: only now it is complete."""
         if self.attention is not None and self.config.fused_kproj != "off":
             self.fused_qkv = fuse(self, self.attention, self.vllm_config)
+        self.is_loaded = True
+        self.ops.compile_early()
 
     def do_kv_cache_update(
         self,
@@ -100,7 +111,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.is_dense is None:
-            self._bind(layer, query.device)
+            self.is_dense = extract_layer_index(layer.layer_name) in self.config.dense_layers
         if attn_metadata is None:  # the profiling run
             self.ops.reserve_scratch()
             return output.fill_(0)
@@ -116,8 +127,3 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
                 query[new], key[new], value[new], planes, attn_metadata.prefill, output[new]
             )
         return output
-
-    def _bind(self, layer: torch.nn.Module, device: torch.device) -> None:
-        self.is_dense = extract_layer_index(layer.layer_name) in self.config.dense_layers
-        if self.config.record_skip_ratio:
-            self.counters = torch.zeros(2, dtype=torch.int64, device=device)

@@ -98,6 +98,9 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         if impl.config.prunes:
             self.delta = torch.tensor([impl.config.delta], dtype=torch.float32, device=device)
         self.plan = impl.ops.make_plan(self.block_size)
+        for name in layer_names:
+            impl = vllm_config.compilation_config.static_forward_context[name].impl
+            impl.ops.compile(impl.planes_to_be(page_size))
 
     def build(
         self,

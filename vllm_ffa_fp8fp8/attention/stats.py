@@ -10,7 +10,7 @@ from vllm_ffa_fp8fp8.attention.geometry import layer_impls
 class WorkerExtension:
     """`LLM(..., worker_extension_cls="vllm_ffa_fp8fp8.stats.WorkerExtension")`."""
 
-    @torch.inference_mode()  # the counters were made in it
+    @torch.inference_mode()  # where vLLM makes layers in it, counters can be changed nowhere else
     def ffa_skip_stats(self, reset: bool = True) -> dict[str, Any]:
         """Counts of this worker since the last reset, over all decode steps and layers.
 
