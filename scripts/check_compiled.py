@@ -80,7 +80,7 @@ def compile_kernels(version: str, capability: int) -> Run:
         record = Path(folder) / "record.json"
         command = [sys.executable, COMPILE, str(capability), "--json", record]
         if capability != MEASURED:
-            command.append("--main")
+            command += ["--extent", "shapes"]
         begin = time.monotonic()
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         seconds = time.monotonic() - begin

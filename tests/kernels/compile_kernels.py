@@ -22,7 +22,15 @@ from cases import Case
 from compiled.expectations import failures, programs_that_fit
 from compiled.launches import Launch, compile_variants, compiled_instead
 from compiled.ptx import Assembly, resources
-from compiled.variants import SHARED_MEMORY, awkward_cases, empty_planes, main_case, variants
+from compiled.variants import (
+    ALL,
+    EXTENTS,
+    SHARED_MEMORY,
+    awkward_cases,
+    empty_planes,
+    main_case,
+    variants,
+)
 
 from vllm_ffa_fp8fp8.kernels.cache import kv_gather, kv_write
 
@@ -124,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capability", type=int, choices=SHARED_MEMORY)
     parser.add_argument("--only", help="one variant")
-    parser.add_argument("--main", action="store_true", help="leave out what differs in little")
+    parser.add_argument("--extent", choices=EXTENTS, default=ALL)
     parser.add_argument("--json", type=Path, help="a file for what came out")
     parser.add_argument(
         "--forget-alignment", action="store_true", help="compile without the hint, to see it fail"
@@ -133,7 +141,7 @@ def main() -> int:
     capability = arguments.capability
     chosen = (
         variant
-        for variant in variants(capability, every=not arguments.main)
+        for variant in variants(capability, arguments.extent)
         if arguments.only in (None, variant.name)
     )
     found = []

@@ -33,6 +33,10 @@ from vllm_ffa_fp8fp8.kernels.projection.tuning import (
 
 from .launches import Variant
 
+MAIN, SHAPES, ALL = "main", "shapes", "all"
+EXTENTS = (MAIN, SHAPES, ALL)
+"""The main shape in its main ways; awkward shapes beside it; and all ways in which they differ."""
+
 CPU = torch.device("cpu")
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes that a program can have, by compute capability."""
@@ -181,7 +185,7 @@ def main_case(capability: int) -> Case:
     return Case(head_size=128, num_kv_heads=8, fp8_key=fp8, residual=fp8)
 
 
-def decode_variants(capability: int, every: bool) -> Iterator[Variant]:
+def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     main = main_case(capability)
     fp8_value = replace(main, fp8_value=main.fp8_key)
 
@@ -193,9 +197,11 @@ def decode_variants(capability: int, every: bool) -> Iterator[Variant]:
     yield decode("dense", prunes=False)
     yield decode("pruned, FP8 V", fp8_value)
     yield decode("pruned, threshold kernel", threshold=True)
+    if extent == MAIN:
+        return
     for name, case in awkward_cases(main).items():
         yield decode(f"pruned, {name}", case)
-    if not every:
+    if extent == SHAPES:
         return
     half, long = replace(main, dtype=torch.float16), replace(main, query_len=8)
     yield decode("pruned, few requests", num_reqs=1)
@@ -220,10 +226,10 @@ def decode_variants(capability: int, every: bool) -> Iterator[Variant]:
     yield Variant("decode tensors", lambda: attend_tensors(main), 2)
 
 
-def cache_variants(capability: int, every: bool) -> Iterator[Variant]:
+def cache_variants(capability: int, extent: str) -> Iterator[Variant]:
     main = main_case(capability)
     caches = {"": main}
-    if every:
+    if extent == ALL:
         caches[", FP8 V"] = replace(main, fp8_value=main.fp8_key)
         caches[", no residual"] = replace(main, residual=False)
         caches[", float16"] = replace(main, dtype=torch.float16)
@@ -236,7 +242,7 @@ def cache_variants(capability: int, every: bool) -> Iterator[Variant]:
         yield Variant("read the base", lambda: read_base(main), DecodeCall(main, 90).programs)
 
 
-def projection_variants(capability: int, every: bool) -> Iterator[Variant]:
+def projection_variants(capability: int, extent: str) -> Iterator[Variant]:
     shared = SHARED_MEMORY[capability]
     main = vars(main_case(capability)) | {"hidden_size": HIDDEN_SIZE}
 
@@ -254,7 +260,7 @@ def projection_variants(capability: int, every: bool) -> Iterator[Variant]:
     yield rotates("many tokens", num_tokens=256, norm=True)
     yield projects(1)
     yield projects(MAX_PROJECTED_TOKENS, ", norm, bias", norm=True, bias=True)
-    if not every:
+    if extent != ALL:
         return
     yield rotates("few tokens, not in place", False)
     yield rotates("few tokens, no cache", True, False)
@@ -270,8 +276,7 @@ def projection_variants(capability: int, every: bool) -> Iterator[Variant]:
     yield projects(16, ", head size 80", head_size=80, hidden_size=HIDDEN_SIZE - 96)
 
 
-def variants(capability: int, every: bool = True) -> Iterator[Variant]:
-    """The main shape in `every` way, or the main ways; shapes that compile to other code."""
-    yield from decode_variants(capability, every)
-    yield from cache_variants(capability, every)
-    yield from projection_variants(capability, every)
+def variants(capability: int, extent: str = ALL) -> Iterator[Variant]:
+    yield from decode_variants(capability, extent)
+    yield from cache_variants(capability, extent)
+    yield from projection_variants(capability, extent)
