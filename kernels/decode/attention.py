@@ -162,4 +162,5 @@ def _kernel_tuning(
         tuning.attend_stages if prunes else tuning.dense_stages,
         rows,
         max(1, merge_rows // max(1, rows // num_warps)),
+        tuning.merge_stages,
     )
