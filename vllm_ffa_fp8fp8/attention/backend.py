@@ -17,6 +17,8 @@ class FFAFP8FP8Backend(AttentionBackend):
     """Attention over a paged cache of FP8 base + FP8 residual keys, with block-skipping decode."""
 
     forward_includes_kv_cache_update: bool = False
+    # what a model's own operator writes to the cache is not in this backend's format
+    supports_kv_cache_update_bypass: bool = False
 
     @staticmethod
     def get_name() -> str:

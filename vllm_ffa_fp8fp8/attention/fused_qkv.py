@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.library import Library
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
@@ -117,6 +118,7 @@ def fused_forward(
     return output
 
 
+@eager_break_during_capture  # graphs cut by functions are cut here, as others at the operator
 def fused_attention(
     x: torch.Tensor,
     positions: torch.Tensor,
@@ -126,7 +128,7 @@ def fused_attention(
 ) -> None:
     """Writes the attention of hidden states, or of their projections, to `output` `[num_tokens,
     num_heads * head_size]`, and the new keys and values to the cache first."""
-    layer, kv_cache, slot_mapping = compat.cache_and_slots(layer_name)
+    metadata, layer, kv_cache, slot_mapping = compat.attention_context(layer_name)
     impl = layer.impl
     fused, heads, num_tokens = impl.fused_qkv, impl.fused_qkv.heads, x.shape[0]
     planes = impl.planes(kv_cache) if slot_mapping is not None else None
@@ -145,9 +147,10 @@ def fused_attention(
     query = rotated[:, : heads.query_size]
     key = rotated[:, heads.query_size : heads.query_size + heads.key_value_size]
     value = qkv[:, -heads.key_value_size :]
-    compat.attend(
-        layer, *(t.unflatten(1, (-1, heads.head_size)) for t in (query, key, value, output))
+    query, key, value, output = (
+        tensor.unflatten(1, (-1, heads.head_size)) for tensor in (query, key, value, output)
     )
+    impl.forward(layer, query, key, value, kv_cache, metadata, output)
 
 
 def _fused_attention_fake(x, positions, output, layer_name, is_projected):

@@ -160,14 +160,6 @@ def projection_problem(linear: Any, vllm_config: Any) -> str | None:
     return None
 
 
-def attend(layer: Any, query, key, value, output) -> None:
-    """Runs `layer`, a vLLM Attention, on `[num_tokens, heads, head_size]`, without a cache update;
-    within a forward context."""
-    from vllm.model_executor.layers.attention import attention
-
-    attention.unified_attention_with_output(query, key, value, output, layer.layer_name)
-
-
 def layer_name_encoder() -> Callable[[str], Any]:
     """What makes of a layer's name the argument of an operator that takes vLLM's LayerNameType."""
     from vllm.utils.torch_utils import _encode_layer_name
@@ -175,15 +167,13 @@ def layer_name_encoder() -> Callable[[str], Any]:
     return _encode_layer_name
 
 
-def cache_and_slots(layer_name: Any) -> tuple[Any, Any, Any]:
-    """The layer of that encoded name, its KV cache and the step's slots, int64 `[<= num_tokens]`,
-    or None in the profiling run; within a forward context."""
+def attention_context(layer_name: Any) -> tuple[Any, Any, Any, Any]:
+    """The step's metadata, the layer of that encoded name, its KV cache and the step's slots, int64
+    `[<= num_tokens]`; no metadata and no slots in the profiling run; within a forward context."""
     from vllm.model_executor.layers.attention import attention
     from vllm.utils.torch_utils import _resolve_layer_name
 
-    name = _resolve_layer_name(layer_name)
-    _, layer, kv_cache, slot_mapping = attention.get_attention_context(name)
-    return layer, kv_cache, slot_mapping
+    return attention.get_attention_context(_resolve_layer_name(layer_name))
 
 
 def backend_names(worker: Any) -> str:
