@@ -1,6 +1,7 @@
 """The serving benchmark without an engine: steering, jobs, kept figures, table and refusals."""
 
 import json
+from dataclasses import replace
 import math
 import re
 from pathlib import Path
@@ -80,6 +81,8 @@ def test_engine_job():
     assert fp8["llm"]["attention_backend"] == "FLASH_ATTN"
     assert fp8["llm"]["kv_cache_dtype"] == "fp8" and "additional_config" not in fp8["llm"]
     assert not fp8["counts"] and fp8["kept"] is None
+    two = engine_job(OURS, [(1, 32_000)], replace(SETTINGS, tensor_parallel_size=2), "/model", 9)
+    assert (job["llm"]["tensor_parallel_size"], two["llm"]["tensor_parallel_size"]) == (1, 2)
     uncounted = engine_job(OURS.uncounted(), [(1, 32_000)], SETTINGS, "/model", 128_256)
     assert not uncounted["counts"] and uncounted["kept"] is None
 
@@ -186,6 +189,7 @@ def test_a_large_model_needs_a_gpu(monkeypatch, capsys):
         (["--rows", "1x500", "--steps", "8", "8"], "a small and a larger number"),
         (["--rows", "1x500", "--kept", "0"], "above 0 and up to 1, not 0.0"),
         (["--rows", "1x500", "--repeats", "0"], "--repeats is 1 or more, not 0"),
+        (["--rows", "1x500", "-tp", "0"], "--tensor-parallel-size is 1 or more, not 0"),
         (["--rows", "1x500", "--layers", "0"], "--layers is 1 or more, not 0"),
         (["--rows", "1x500", "--memory", "3"], "--memory is a part above 0 and up to 1, not 3.0"),
         (["--rows", "1x500", "--ffa", "x=1"], "must be a mapping"),

@@ -76,6 +76,7 @@ class Settings:
         kept: the fraction of blocks that FFA_FP8FP8 is to keep; None leaves its threshold alone.
         steps: a small and a large number of output tokens, whose times are subtracted.
         memory: the part of the GPU's memory that an engine may use.
+        tensor_parallel_size: GPUs that share each layer.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Settings:
     memory: float
     on_gpu: bool
     changes: dict[str, Any] = field(default_factory=dict)
+    tensor_parallel_size: int = 1
 
 
 def engine_job(
@@ -103,6 +105,7 @@ def engine_job(
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "worker_extension_cls": EXTENSION,
+        "tensor_parallel_size": settings.tensor_parallel_size,
     } | variant.llm
     if variant.options is not None:
         llm["additional_config"] = {ADDITIONAL_CONFIG_KEY: variant.options}

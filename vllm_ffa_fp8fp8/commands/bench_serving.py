@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", choices=MODELS, default="llama-3.1-8b", help="its shape (default: %(default)s)")
     add("--layers", type=int, metavar="N", help="number of layers (default: the model's)")
     add(
+        "--tensor-parallel-size", "-tp", type=int, default=1, metavar="N",
+        help="GPUs that share each layer (default: %(default)s)",
+    )  # fmt: skip
+    add(
         "--rows", nargs="+", default=ROWS, metavar="BxT",
         help=f"batch x prompt tokens (default: {' '.join(ROWS)})",
     )  # fmt: skip
@@ -81,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         settings, variants = read_options(options, on_gpu)
         device = gpu.name if on_gpu else "CPU"
+        if settings.tensor_parallel_size > 1:
+            device = f"{settings.tensor_parallel_size} x {device}"
         model = options.model + (f"-l{options.layers}" if options.layers else "")
         versions = {"gpu": device, **environment.stack()}
         path = options.folder / file_name("serving", versions, model)
@@ -106,6 +112,9 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
         raise ValueError(f"--kept is a fraction above 0 and up to 1, not {options.kept}")
     if options.repeats < 1:
         raise ValueError(f"--repeats is 1 or more, not {options.repeats}")
+    if options.tensor_parallel_size < 1:
+        given = options.tensor_parallel_size
+        raise ValueError(f"--tensor-parallel-size is 1 or more, not {given}")
     if options.layers is not None and options.layers < 1:
         raise ValueError(f"--layers is 1 or more, not {options.layers}")
     if not 0 < options.memory <= 1:
@@ -126,6 +135,7 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
         memory=options.memory,
         on_gpu=on_gpu,
         changes={"num_hidden_layers": options.layers} if options.layers else {},
+        tensor_parallel_size=options.tensor_parallel_size,
     )
     return settings, variants
 
