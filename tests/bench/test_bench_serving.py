@@ -1,9 +1,9 @@
 """The serving benchmark without an engine: steering, jobs, kept figures, table and refusals."""
 
 import json
-from dataclasses import replace
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
