@@ -69,7 +69,8 @@ def preferred_page_size(vllm_config) -> int:
 
 def layer_impls(vllm_config) -> list:
     """The impls of all layers with this backend, of the model and of one that drafts for it."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
+    # a copy: threads ask while layers of a model that drafts are made
+    layers = list(vllm_config.compilation_config.static_forward_context.values())
     return [
         layer.impl
         for layer in layers
