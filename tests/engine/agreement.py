@@ -1,7 +1,9 @@
-"""Whether answers are right: the codes asked for, or another backend's greedy tokens."""
+"""Whether answers are right: the codes asked for, or another backend's greedy tokens; and whether
+drafts were verified as they should be."""
 
 from typing import Any
 
+from jobs import NUM_DRAFTS
 from processes import Run
 
 from vllm_ffa_fp8fp8.commands.demo_prompts import Question
@@ -52,3 +54,15 @@ def check_same_answer(
 def first_difference(tokens: list[int], reference: list[int]) -> int | None:
     pairs = enumerate(zip(tokens, reference, strict=False))
     return next((place for place, (ours, theirs) in pairs if ours != theirs), None)
+
+
+def check_drafts_are_decoded(run: Run) -> None:
+    """Several query tokens a request, and fewer for some than for others of their step. No request
+    is too short for decode and yet a prefill, once it is past its prompt."""
+    most = 1 + NUM_DRAFTS
+    assert run.facts["accepted_tokens"] > 0
+    assert run.decode_query_lens.count(most) > 5
+    assert max(max(decodes) for decodes, _ in run.decode_steps) == most
+    assert all(query_len > most for _, prefills in run.decode_steps for query_len in prefills)
+    uneven = [decodes for decodes, _ in run.decode_steps if len({*decodes} - {0}) > 1]
+    assert len(uneven) > 5, run.decode_steps

@@ -1,7 +1,18 @@
 """One engine for each way of running it, started when a test first asks for it."""
 
 import pytest
-from jobs import ANSWER, CONTINUE, CPU, RECALL_LENGTHS, SMALL_STEPS, mixed_batches, recall_batches
+from jobs import (
+    ANSWER,
+    ASKED,
+    CONTINUE,
+    CPU,
+    GPU,
+    RECALL_LENGTHS,
+    SMALL_STEPS,
+    mixed_batches,
+    mixed_batches_gpu,
+    recall_batches,
+)
 from processes import Run, run_engine, run_ours
 
 
@@ -22,6 +33,19 @@ def exact_run() -> Run:
     return run_ours(mixed_batches(), CONTINUE, options, **SMALL_STEPS)
 
 
-@pytest.fixture(scope="session", params=["balanced", "fast"])
-def recall_run(request) -> Run:
-    return run_ours(recall_batches(RECALL_LENGTHS, 3), ANSWER, {"preset": request.param}, **CPU)
+@pytest.fixture(scope="session")
+def balanced_run() -> Run:
+    batches = recall_batches(RECALL_LENGTHS, ASKED)
+    return run_ours(batches, ANSWER, {"preset": "balanced"}, **CPU)
+
+
+@pytest.fixture(scope="session")
+def fast_run() -> Run:
+    """The least exact way: FP8 V, too."""
+    options = {"preset": "fast", "v_cache_dtype": "fp8"}
+    return run_ours(recall_batches(RECALL_LENGTHS, ASKED), ANSWER, options, **CPU)
+
+
+@pytest.fixture(scope="session")
+def exact_gpu_run() -> Run:
+    return run_ours(mixed_batches_gpu(), CONTINUE, {"preset": "exact"}, **GPU)

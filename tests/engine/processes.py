@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ class Run:
     batches: list[list[dict[str, Any]]]
     skips: list[dict[str, int]]
     decode_query_lens: list[int]
+    decode_steps: list[list[list[int]]]
     facts: dict[str, Any]
     log: str
 
@@ -135,7 +137,8 @@ def serve(*arguments: str, **variables: str) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, "--port", port]
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [shutil.which("vllm", path=places), "serve", MODEL, "--port", port]
     command += ["--host", "127.0.0.1", "--served-model-name", "recall-9m", *arguments]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")

@@ -3,7 +3,8 @@
 Job: `llm` (arguments of `LLM`), `batches` (lists of prompts, each a text or token ids, submitted
 together) and `sampling` (arguments of `SamplingParams`). Result: `batches` (lists of answers),
 `skips` (one count a batch, empty for other backends), `decode_query_lens` (of the steps of
-FFA_FP8FP8 that decode) and `facts` about the worker.
+FFA_FP8FP8 that decode), `decode_steps` (of the same steps the query tokens of each decode, and of
+each prefill beside them) and `facts` about the worker.
 """
 
 import json
@@ -16,7 +17,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["llm"])
-    query_lens = record_decode_query_lens()
+    query_lens, steps = record_decodes()
+    llm.collective_rpc(count_projections)
     sampling = SamplingParams(temperature=0, logprobs=4, **job["sampling"])
     counts_skips = "worker_extension_cls" in job["llm"]
     batches, skips = [], []
@@ -29,26 +31,53 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if "speculative_config" in job["llm"]:
         accepted = "vllm:spec_decode_num_accepted_tokens"
         facts["accepted_tokens"] = sum(m.value for m in llm.get_metrics() if m.name == accepted)
-    return {"batches": batches, "skips": skips, "decode_query_lens": query_lens, "facts": facts}
+    return {
+        "batches": batches,
+        "skips": skips,
+        "decode_query_lens": query_lens,
+        "decode_steps": steps,
+        "facts": facts,
+    }
 
 
-def record_decode_query_lens() -> list[int]:
-    """A list that grows by the query length of every step with decodes; empty for other backends,
+def record_decodes() -> tuple[list[int], list[list[list[int]]]]:
+    """`decode_query_lens` and `decode_steps`, which grow with every step; empty for other backends,
     and where the worker is another process."""
+    query_lens, steps = [], []
     metadata = sys.modules.get("vllm_ffa_fp8fp8.attention.metadata")
-    query_lens: list[int] = []
     if metadata is None:
-        return query_lens
+        return query_lens, steps
     build = metadata.FFAFP8FP8MetadataBuilder.build
 
-    def recording_build(self, *args, **kwargs):
-        result = build(self, *args, **kwargs)
+    def recording_build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
+        result = build(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
         if result.num_decodes:
             query_lens.append(result.query_len)
+            tokens = common_attn_metadata.query_start_loc_cpu.diff().tolist()
+            steps.append([tokens[: result.num_decodes], tokens[result.num_decodes :]])
         return result
 
     metadata.FFAFP8FP8MetadataBuilder.build = recording_build
-    return query_lens
+    return query_lens, steps
+
+
+def count_projections(worker: Any) -> None:
+    """From here on `worker.projections` counts the calls, outside replayed graphs, of what takes
+    a layer of FFA_FP8FP8 from hidden states, or from projections, to the cache."""
+    worker.projections = calls = {"project_rope_and_write": 0, "rope_and_write": 0}
+
+    def counted(original, name: str):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+        ops = getattr(getattr(layer, "impl", None), "ops", None)
+        for name in calls:
+            if original := getattr(ops, name, None):
+                setattr(ops, name, counted(original, name))
 
 
 def as_prompt(prompt: str | list[int]) -> Any:
@@ -84,6 +113,7 @@ def worker_facts(worker: Any) -> dict[str, Any]:
         "model_runner": type(worker.model_runner).__module__,
         "enforce_eager": worker.vllm_config.model_config.enforce_eager,
         "compilation_mode": getattr(compilation.mode, "name", None),
+        "projections": worker.projections,
     }
     graphs = getattr(worker.model_runner, "cudagraph_manager", None)
     if graphs is not None:

@@ -1,19 +1,17 @@
 """The CPU engine through the plugin, from prompts to tokens."""
 
 import pytest
-from agreement import check_codes, check_same_answer
+from agreement import check_codes, check_drafts_are_decoded, check_same_answer
 from float32 import check_as_exact, errors, rms
 from jobs import (
-    ANSWER,
+    ASKED,
     CONTINUE,
     CPU,
     DRAFTS,
     FINE_LOGITS,
-    NUM_DRAFTS,
     RECALL_LENGTHS,
     SMALL_STEPS,
     mixed_batches,
-    recall_batches,
 )
 from processes import run_ours
 from prompts import questions, source_prompt
@@ -46,7 +44,7 @@ def test_cached_prefix_gives_the_same_answer(exact_run):
     short, long = exact_run.batches[0][-2:]
     long_again, short_again, other_question = exact_run.batches[1]
     assert long["num_cached_tokens"] == short["num_cached_tokens"] == 0
-    assert min(long_again["num_cached_tokens"], other_question["num_cached_tokens"]) > 2500
+    assert min(long_again["num_cached_tokens"], other_question["num_cached_tokens"]) > 1200
     assert short_again["num_cached_tokens"] == 384  # whole pages of 128 tokens
     check_same_answer(long_again, long)
     check_same_answer(short_again, short)
@@ -56,9 +54,8 @@ def test_drafts_change_no_answer(exact_run):
     """Verified by decode, several query tokens a request, beside requests without drafts."""
     run = run_ours(mixed_batches(), CONTINUE, {"preset": "exact"}, **SMALL_STEPS, **DRAFTS)
     assert run.facts["backends"] == ["FFA_FP8FP8"]
-    assert run.facts["accepted_tokens"] > 0
     assert set(exact_run.decode_query_lens) == {1}
-    assert run.decode_query_lens.count(1 + NUM_DRAFTS) > 5
+    check_drafts_are_decoded(run)
     check_as_exact(run, exact_run, mixed_batches())
 
 
@@ -70,18 +67,26 @@ def test_not_chosen_changes_nothing(default_run, run_without_plugin):
     assert not [line for line in warnings if "ffa" in line.lower()]
 
 
-def test_pruning_recalls_every_code(recall_run):
+@pytest.mark.parametrize("run", ["balanced_run", "fast_run"])
+def test_pruning_recalls_every_code(request, run):
+    run = request.getfixturevalue(run)
     for batch, length in enumerate(RECALL_LENGTHS):
-        check_codes(recall_run.batches[batch], questions(length, 3))
-        assert recall_run.skip_ratio(batch) > 0.05
+        check_codes(run.batches[batch], questions(length, ASKED))
+        assert run.skip_ratio(batch) > 0.05
 
 
-def test_stats_and_log(recall_run):
-    counts = recall_run.skips[0]
+def test_stats_and_log(balanced_run):
+    counts = balanced_run.skips[0]
     assert counts["cache_bytes_per_token"] == LAYERS * (4 * HEAD_SIZE + 1) * KV_HEADS == 4104
     assert counts["backend_layers"] == LAYERS and counts["dense_layers"] == 0
-    assert recall_run.facts["page_shape"][-1] == 4 * HEAD_SIZE + 1
-    assert "Using AttentionBackendEnum.FFA_FP8FP8 backend." in recall_run.log
+    assert balanced_run.facts["page_shape"][-1] == 4 * HEAD_SIZE + 1
+    assert "Using AttentionBackendEnum.FFA_FP8FP8 backend." in balanced_run.log
+
+
+def test_fp8_values_make_the_page_smaller(fast_run):
+    assert fast_run.facts["page_shape"][-1] == 3 * HEAD_SIZE + 2
+    counts = fast_run.skips[0]
+    assert counts["cache_bytes_per_token"] == LAYERS * (3 * HEAD_SIZE + 2) * KV_HEADS == 3088
 
 
 @pytest.fixture(scope="module")
@@ -126,22 +131,3 @@ def test_no_residual_makes_the_page_smaller(pruned_hard):
     assert pruned_hard.facts["page_shape"][-1] == 3 * HEAD_SIZE + 1
     assert pruned_hard.skips[0]["cache_bytes_per_token"] == LAYERS * (3 * HEAD_SIZE + 1) * KV_HEADS
     assert all(len(answer["tokens"]) == 16 for (answer,) in pruned_hard.batches)
-
-
-@pytest.fixture(scope="module")
-def fp8_values_run():
-    options = {"preset": "balanced", "v_cache_dtype": "fp8"}
-    return run_ours(recall_batches(RECALL_LENGTHS, 3), ANSWER, options, **CPU)
-
-
-def test_fp8_values_recall_every_code(fp8_values_run):
-    for batch, length in enumerate(RECALL_LENGTHS):
-        answers = fp8_values_run.batches[batch]
-        check_codes(answers, questions(length, 3))
-        assert fp8_values_run.skip_ratio(batch) > 0.05
-
-
-def test_fp8_values_make_the_page_smaller(fp8_values_run):
-    assert fp8_values_run.facts["page_shape"][-1] == 3 * HEAD_SIZE + 2
-    counts = fp8_values_run.skips[0]
-    assert counts["cache_bytes_per_token"] == LAYERS * (3 * HEAD_SIZE + 2) * KV_HEADS == 3088
