@@ -30,10 +30,8 @@ OTHERS = (80, 89, 100, 120)
 ROOT = Path(__file__).resolve().parents[1]
 COMPILE = ROOT / "tests" / "kernels" / "compile_kernels.py"
 FOLDER = ROOT / ".triton"
-NARROWEST = 150  # columns of the table where the terminal does not say
-
-console = Console()
-console.width = max(console.width, NARROWEST)
+console = Console(highlight=False)
+console.width = max(console.width, 220)  # columns of the table
 
 
 @dataclass
@@ -89,7 +87,7 @@ def compile_kernels(version: str, capability: int) -> Run:
         else:
             run = Run(version, capability, [], [f"did not finish:\n{done.stderr[-3000:]}"])
     said = f"{len(run.failures)} failures" if run.failures else "as expected"
-    console.print(f"{run}: {len(run.kernels)} kernels in {seconds:.0f} s, {said}", highlight=False)
+    console.print(f"{run}: {len(run.kernels)} kernels in {seconds:.0f} s, {said}")
     return run
 
 
@@ -100,18 +98,20 @@ def side_by_side(runs: list[Run]) -> Table:
         for kernel in run.kernels:
             row = found.setdefault((kernel["kernel"], kernel["variant"]), {})
             row[run.version] = kernel["numbers"]
-    versions = " / ".join(run.version for run in runs)
-    table = Table(title=f"Triton {versions} for compute capability {MEASURED / 10}")
-    table.add_column("kernel")
-    table.add_column("variant")
+    versions = "/".join(run.version for run in runs)
+    table = Table(
+        title=f"Triton {versions} for compute capability {MEASURED / 10}", box=None, title_style=""
+    )
     names = next(iter(next(iter(found.values())).values()))
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for (kernel, variant), row in found.items():
         cells = []
         for name in names:
             numbers = [str(row.get(run.version, {}).get(name, "-")) for run in runs]
-            cells.append(numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers))
+            cells.append(numbers[0] if len(set(numbers)) == 1 else "/".join(numbers))
         table.add_row(kernel.strip("_").removesuffix("_kernel"), variant, *cells)
     return table
 
@@ -128,8 +128,8 @@ def main() -> int:
         console.print(side_by_side(measured))
     for run in runs:
         for failure in run.failures:
-            console.print(f"FAILED: {run}: {failure}", markup=False, highlight=False)
-    console.print(f"{time.monotonic() - begin:.0f} s", highlight=False)
+            console.print(f"FAILED: {run}: {failure}", markup=False)
+    console.print(f"{time.monotonic() - begin:.0f} s")
     return int(any(run.failures for run in runs))
 
 

@@ -26,9 +26,10 @@ from compiled.variants import (
     ALL,
     EXTENTS,
     SHARED_MEMORY,
-    awkward_cases,
     empty_planes,
+    large_cases,
     main_case,
+    odd_cases,
     variants,
 )
 
@@ -81,8 +82,8 @@ def examine(launch: Launch, capability: int) -> Compiled:
             "programs": programs_that_fit(used, metadata.num_warps, metadata.shared),
             "barriers": assembly.count("bar.sync", "barrier.sync"),
             "shuffles": assembly.count("shfl."),
-            "cp.async 16": sum(i.bytes == 16 for i in assembly.starting("cp.async")),
-            "1 or 2 bytes": sum(size <= 2 for size in moves),
+            "16 B copies": sum(i.bytes == 16 for i in assembly.starting("cp.async")),
+            "narrow": sum(size <= 2 for size in moves),
             "wgmma": assembly.count("wgmma.mma"),
             "ldmatrix": assembly.count("ldmatrix"),
         }
@@ -151,7 +152,8 @@ def main() -> int:
             print(found[-1], flush=True)
     wrong = [f"{c.kernel} [{c.variant}]: {f}" for c in found for f in c.failures]
     if not arguments.only:
-        cases = (main_case(capability), *awkward_cases(main_case(capability)).values())
+        usual = main_case(capability)
+        cases = (usual, *odd_cases(usual).values(), *large_cases(usual).values())
         for failure in (f for case in cases for f in check_compiled_once(case, capability)):
             wrong.append(failure)
             print(f"FAILED: {failure}")

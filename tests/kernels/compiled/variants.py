@@ -35,7 +35,7 @@ from .launches import Variant
 
 MAIN, SHAPES, ALL = "main", "shapes", "all"
 EXTENTS = (MAIN, SHAPES, ALL)
-"""The main shape in its main ways; awkward shapes beside it; and all ways in which they differ."""
+"""The main shape in its main ways; the largest shapes beside it; all that compiles otherwise."""
 
 CPU = torch.device("cpu")
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -158,21 +158,20 @@ def attend_tensors(case: Case) -> None:
         attn_forward_decode_fp8fp8(query, key, key.to(case.dtype), k_residual=key)
 
 
-def awkward_cases(main: Case) -> dict[str, Case]:
-    """Pages of whole blocks and not, odd groups, most memory; the most query rows that the backend
-    asks for."""
-    fp8_value, one_head = main.fp8_key, {"num_kv_heads": 1}
+def odd_cases(main: Case) -> dict[str, Case]:
+    """Pages that are not of whole blocks, an odd group; less than a tile has."""
+    odd = replace(main, head_size=96, group=7, num_kv_heads=1, page_size=48, block_size=32)
+    return {"head size 96, pages of 48": odd, "head size 64": replace(main, head_size=64)}
+
+
+def large_cases(main: Case) -> dict[str, Case]:
+    """Most memory; the most query rows that the backend asks for."""
+    wide = replace(main, head_size=256, num_kv_heads=1)
+    long = replace(main, group=8, query_len=8)
     return {
-        "head size 96, pages of 48": replace(
-            main, head_size=96, group=7, page_size=48, block_size=32, **one_head
-        ),
-        "head size 256, blocks of 128": replace(
-            main, head_size=256, page_size=128, block_size=128, **one_head
-        ),
-        "head size 80, 64 rows, FP8 V": replace(
-            main, head_size=80, group=8, fp8_value=fp8_value, query_len=8
-        ),
-        "head size 256, 64 rows": replace(main, head_size=256, group=8, query_len=8, **one_head),
+        "head size 256, blocks of 128": replace(wide, page_size=128, block_size=128),
+        "head size 80, 64 rows, FP8 V": replace(long, head_size=80, fp8_value=main.fp8_key),
+        "head size 256, 64 rows": replace(wide, group=8, query_len=8),
         "float16, blocks of 16, 32 rows": replace(
             main, dtype=torch.float16, block_size=16, query_len=8
         ),
@@ -199,30 +198,29 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     yield decode("pruned, threshold kernel", threshold=True)
     if extent == MAIN:
         return
-    for name, case in awkward_cases(main).items():
+    for name, case in large_cases(main).items():
         yield decode(f"pruned, {name}", case)
     if extent == SHAPES:
         return
+    for name, case in odd_cases(main).items():
+        yield decode(f"pruned, {name}", case)
     half, long = replace(main, dtype=torch.float16), replace(main, query_len=8)
     yield decode("pruned, few requests", num_reqs=1)
     yield decode("pruned, few requests, FP8 V", fp8_value, num_reqs=1)
     yield decode("pruned, many requests", num_reqs=256)
     yield decode("dense, few requests", prunes=False, num_reqs=1)
     yield decode("dense, FP8 V", fp8_value, prunes=False)
-    yield decode("dense, few requests, FP8 V", fp8_value, prunes=False, num_reqs=1)
     yield decode("pruned, float16", half)
     yield decode("dense, float16", half, prunes=False)
     yield decode("pruned, 4 query tokens", replace(main, query_len=4))
-    yield decode("pruned, 8 query tokens", long)
     yield decode("pruned, up to 8 query tokens", long, uneven=True)
     yield decode("dense, up to 8 query tokens", long, uneven=True, prunes=False)
     yield decode("pruned, threshold given", threshold="given")
     yield decode("pruned, delta of each request, counted", delta_of_each=True, counts=True)
     yield decode("pruned, batch invariant", batch_invariant=True)
     yield decode("pruned, no residual", replace(main, residual=False))
-    yield decode("pruned, head size 64", replace(main, head_size=64))
-    for name in ("head size 256, blocks of 128", "head size 256, 64 rows"):
-        yield decode(f"dense, {name}", awkward_cases(main)[name], prunes=False)
+    wide = large_cases(main)["head size 256, blocks of 128"]
+    yield decode("dense, head size 256, blocks of 128", wide, prunes=False)
     yield Variant("decode tensors", lambda: attend_tensors(main), 2)
 
 
@@ -233,7 +231,9 @@ def cache_variants(capability: int, extent: str) -> Iterator[Variant]:
         caches[", FP8 V"] = replace(main, fp8_value=main.fp8_key)
         caches[", no residual"] = replace(main, residual=False)
         caches[", float16"] = replace(main, dtype=torch.float16)
-        caches |= {f", {name}": awkward_cases(main)[name] for name in list(awkward_cases(main))[:3]}
+        shapes = odd_cases(main) | large_cases(main)
+        for name in ("head size 96, pages of 48", "head size 256, blocks of 128"):
+            caches[f", {name}"] = shapes[name]
     for name, case in caches.items():
         yield Variant(f"write few tokens{name}", lambda case=case: write(case, 8))
         yield Variant(f"write many tokens{name}", lambda case=case: write(case, 2048))
