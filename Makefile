@@ -9,10 +9,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test serve doctor lint check-compiled tables gpu-test bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo test test-fast serve doctor lint check-compiled tables gpu-test bench-decode bench-serving bench-kproj clean
 
 help:
-	@echo "make setup | demo | test | serve | doctor | lint | check-compiled | tables | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
+	@echo "make setup | demo | test | test-fast | serve | doctor | lint | check-compiled | tables | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
 	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, ARGS='...' adds arguments."
 
 setup: $(READY)
@@ -30,8 +30,11 @@ doctor: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" $(ARGS)
+
 gpu-test: $(READY)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -m gpu -n 4 --dist loadgroup --no-loadscope-reorder tests/engine tests/kernels $(ARGS)
 
 check-compiled: $(READY)
 	@$(BIN)/python scripts/check_compiled.py

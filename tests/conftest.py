@@ -41,5 +41,6 @@ class ShowFailuresAtOnce:
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not in make test-fast, such as engines")
     if "gpu" in config.option.markexpr and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ShowFailuresAtOnce(config))

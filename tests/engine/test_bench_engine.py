@@ -8,7 +8,10 @@ from vllm_ffa_fp8fp8.bench.serving import Settings, engine_job, parse_variant
 from vllm_ffa_fp8fp8.bench.serving_engine import time_rows
 from vllm_ffa_fp8fp8.commands.engine_process import run_engine
 
-pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build"),
+]
 
 
 def test_a_row_is_timed_at_the_wanted_kept_fraction(tmp_path):

@@ -17,7 +17,10 @@ from processes import run_ours
 from prompts import questions, source_prompt
 from vllm.platforms import current_platform
 
-pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build"),
+]
 
 LAYERS, KV_HEADS, HEAD_SIZE = 4, 2, 128
 HARD_BATCHES = [[source_prompt(1400)], [source_prompt(1600, start=20_000)]]

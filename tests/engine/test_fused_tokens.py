@@ -26,6 +26,7 @@ def fused_lines(run: Run) -> list[str]:
     return [line for line in lines if "Attention runs" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 def test_qwen3_on_cpu(tmp_path):
     model, batches = make_model("Qwen3", tmp_path), [source_batch((1, 63, 129, 300, 700))]
@@ -38,6 +39,7 @@ def test_qwen3_on_cpu(tmp_path):
     assert rms(off) < 0.1 and regret.max() < 0.2  # without norms 0.8 and 2.7
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 def test_compiled_recall_on_cpu():
     """torch.compile, too, traces through the module's forward to the operator."""

@@ -7,6 +7,7 @@ from prompts import questions
 from vllm.platforms import current_platform
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 def test_serve_answers_and_ends():
     (question,) = questions(1500, 1)

@@ -32,6 +32,7 @@ def check_projected_by_workers(run: Run) -> None:
     assert calls["rope_and_write"] > 0 == calls["project_rope_and_write"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
 def test_two_workers_on_the_cpu():
     batches = recall_batches(QUESTION_LENGTHS, ASKED)

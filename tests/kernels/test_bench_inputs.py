@@ -68,6 +68,7 @@ def test_half_of_the_heads_keep_twice_as_many():
     assert counts == [[2, 2, 8, 8]] * 2 and inputs.num_kept == 40
 
 
+@pytest.mark.slow
 def test_work_items_share_the_newest_blocks():
     """Contexts cut into runs would leave them all to the last item, and the others without any."""
     shape = Shape(Geometry(8, 2, 64, 64), 1, 1000)
@@ -97,6 +98,7 @@ def write_reference(inputs):
     return planes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prune", "value_dtype"), [(True, "auto"), (False, "fp8")])
 def test_check_measures_the_kept_fraction(inputs, prune, value_dtype):
     planes = write_cache(inputs, value_dtype)
@@ -109,8 +111,9 @@ def test_check_measures_the_kept_fraction(inputs, prune, value_dtype):
             decoder.check(dataclasses.replace(inputs, num_kept=15), planes)
 
 
+@pytest.mark.slow
 def test_newest_tokens_are_written_ahead(inputs):
-    planes = write_cache(inputs, "auto")
+    planes = write_reference(inputs)
     slots = inputs.newest.slot_mapping
     pages, rows = slots // 64, slots % 64
     assert pages.tolist() == inputs.block_table[:, 7].tolist() and rows.tolist() == [51, 51]
@@ -121,11 +124,12 @@ def test_newest_tokens_are_written_ahead(inputs):
     Decoder(SHAPE, True, FEW_ITEMS, "cpu", write=True).check(inputs, planes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_size", [64, 96])
 def test_the_bare_read_reads_every_word_once(monkeypatch, head_size):
     shape = Shape(Geometry(8, 2, head_size, 64), 2, 1000)
     inputs = make_inputs(shape, 0.5, seed=0, device="cpu")
-    planes = write_cache(inputs, "auto")
+    planes = write_reference(inputs)
     monkeypatch.setattr(base_read, "time_graph", lambda launches: [run() for run in launches] and 1)
     assert base_read.time_base_read(shape, [inputs], [planes]) == 1
     inputs.block_table[0, 3] = inputs.block_table[1, 4]
@@ -194,7 +198,7 @@ def timed_shapes(monkeypatch):
 
 
 def test_sweep_measures_what_the_store_lacks(tmp_path, timed_shapes, monkeypatch):
-    environment = {"gpu": "A GPU"}
+    environment = {"gpu": "A GPU", "torch": "2.14.0", "triton": "3.8.0", "vllm": "0.33.0"}
     cells = [Cell(SHAPE, OURS, kept=0.5), Cell(SHAPE, EXACT), Cell(SHAPE, FA3_BF16)]
     lines = []
     first = sweep.sweep(cells, Store(tmp_path, environment), lines.append)

@@ -41,13 +41,13 @@ def longer(case: Case, device: str) -> Case:
     "head_size, group, num_kv_heads, dtype, page_size, block_size, lengths",
     [
         (64, 4, 2, BFLOAT, 64, 64, (300, 1, 63)),
-        (64, 16, 1, BFLOAT, 128, 32, (129, 300)),
+        pytest.param(64, 16, 1, BFLOAT, 128, 32, (129, 300), marks=pytest.mark.slow),
         (80, 3, 2, BFLOAT, 48, 16, (49, 130)),
         (80, 16, 1, HALF, 64, 128, (65, 500)),
         (96, 7, 1, HALF, 32, 64, (33, 300)),
         (128, 8, 1, BFLOAT, 128, 128, (129, 700)),
-        (128, 4, 2, BFLOAT, 64, 16, (63, 150)),
-        (256, 1, 1, HALF, 16, 32, (17, 200)),
+        pytest.param(128, 4, 2, BFLOAT, 64, 16, (63, 150), marks=pytest.mark.slow),
+        pytest.param(256, 1, 1, HALF, 16, 32, (17, 200), marks=pytest.mark.slow),
         (256, 3, 1, BFLOAT, 80, 64, (111, 300)),
     ],
 )
@@ -63,6 +63,7 @@ def test_shapes(device, head_size, group, num_kv_heads, dtype, page_size, block_
         assert_within_budget(output, dense, plain_attention(batch, everything))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_strides_of_the_cache(device, interleaved):
     batch = make_batch(longer(Case((130, 1), interleaved=interleaved, block_size=16), device))
@@ -89,6 +90,7 @@ def test_fp8_values(device, query_len, block_size):
         assert_within_budget(output, exact, plain_attention(batch, kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [1e-3, 3.0, 1e4])
 def test_magnitudes_of_keys(device, magnitude):
     case = Case((200,), num_kv_heads=1, key_scale=magnitude, block_size=16)
@@ -97,10 +99,11 @@ def test_magnitudes_of_keys(device, magnitude):
     check(batch, device, choose_delta(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_reqs", [1, 5, 17])
 def test_padded_rows(device, num_reqs):
     """Rows of length 0, in the middle and at the end, become 0; the others do not notice."""
-    lengths = tuple(0 if row % 3 == 1 or row > 15 else 40 + 5 * row for row in range(num_reqs))
+    lengths = tuple(0 if row % 3 == 1 or row > 15 else 40 + row for row in range(num_reqs))
     case = Case(lengths, group=1, num_kv_heads=1, block_size=16)
     batch = make_batch(case)
     delta = choose_delta(batch)
@@ -123,14 +126,16 @@ def test_all_rows_padded(device):
     assert (run_decode(batch, device, torch.tensor([3.0]))[0] == 0).all()
 
 
+@pytest.mark.slow
 def test_unpruned(device):
-    batch = make_batch(Case((130, 1, 63), block_size=16))
+    batch = make_batch(Case((130, 1, 63), block_size=16, num_kv_heads=1))
     for delta in (None, torch.tensor([math.inf])):
         check(batch, device, delta)
 
 
+@pytest.mark.slow
 def test_one_delta_or_one_a_request(device):
-    batch = make_batch(Case((100, 150, 125), block_size=16))
+    batch = make_batch(Case((100, 150, 125), block_size=16, num_kv_heads=1))
     one = choose_delta(batch, per_request=False)
     check(batch, device, one)
     check(batch, device, one.repeat(3))
@@ -144,7 +149,7 @@ def test_one_delta_or_one_a_request(device):
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_min_context(device, precomputed):
     """Requests below it run unpruned, and one of just that length is pruned."""
-    batch = make_batch(Case((100, 150, 149), block_size=16))
+    batch = make_batch(Case((100, 150, 149), block_size=16, num_kv_heads=1))
     delta = choose_delta(batch)
     options = {"min_context": 150, "precomputed_threshold": precomputed}
     check(batch, device, delta, **options)
@@ -171,6 +176,7 @@ def test_given_threshold(device):
     assert kept[2][0].nonzero().flatten().tolist() == [9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "query_len, tuning",
     [
@@ -191,6 +197,7 @@ def test_tuning(device, query_len, tuning):
     check(batch, device, delta, limits=limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_blocks", [1, 2, 4])
 def test_items_of_many_chunks(device, chunk_blocks):
     """An item goes on with the same softmax, and with places of the block table, chunk by chunk."""
@@ -207,10 +214,12 @@ def test_items_of_many_chunks(device, chunk_blocks):
     check(batch, device, None, limits=limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [16, 48])
 def test_chunks_of_many_blocks(device, page_size):
     """More blocks than one word has bits, and than one tensor of places holds."""
-    case = Case((2300,), num_kv_heads=1, page_size=page_size, block_size=16)
+    # heads of 128: fewer probes for so many blocks
+    case = Case((2300,), 128, num_kv_heads=1, page_size=page_size, block_size=16)
     tuning = dataclasses.replace(DEFAULT, min_blocks=200)
     limits = dataclasses.replace(case.limits(1), tuning=tuning)
     assert limits.chunk_blocks(1) == 128
@@ -224,6 +233,7 @@ def test_chunks_of_many_blocks(device, page_size):
     assert all(part.any() and not part.all() for part in kept[0][0].split(32))
 
 
+@pytest.mark.slow
 def test_decisions_of_a_plain_delta(device):
     """A delta that was not picked for its gaps: decisions differ within rounding only."""
     batch = make_batch(longer(Case((300, 400), block_size=16, num_kv_heads=1), device))
@@ -232,6 +242,7 @@ def test_decisions_of_a_plain_delta(device):
     assert_kept(batch, probe_kept(batch, device, delta), delta)
 
 
+@pytest.mark.slow
 def test_runs_are_bit_equal(device):
     batch = make_batch(longer(Case((150, 100), block_size=16), device))
     delta = choose_delta(batch)
@@ -239,17 +250,18 @@ def test_runs_are_bit_equal(device):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_batch_invariant(device, query_len):
     """A request gives the same bits alone, and among others in any order."""
-    lengths = (90, 1300, 500) if device == "cpu" else (90, 20_000, 70_000, 5000, 8)
+    lengths = (40, 1040, 200) if device == "cpu" else (90, 20_000, 70_000, 5000, 8)
     case = Case(lengths, group=2, num_kv_heads=1, block_size=16, query_len=query_len)
     batch = make_batch(case)
     delta = choose_delta(batch)
     limits = dataclasses.replace(case.limits(132 if device == "cuda" else 2), batch_invariant=True)
     together, _ = check(batch, device, delta, limits=limits)
     together = together.unflatten(0, (-1, query_len))
-    for requests in ([1], list(reversed(range(len(lengths)))), [1, 1, 0]):
+    for requests in ([1], [2, 1, 1]):
         rows, picked = batch.qkv.unflatten(0, (-1, query_len)), torch.tensor(requests)
         other = dataclasses.replace(
             batch,

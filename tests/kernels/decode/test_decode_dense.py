@@ -16,7 +16,7 @@ def model_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float16  # interpreted casts truncate
 
 
-def make(dtype, batch=2, length=517, heads=8, kv_heads=2, size=64) -> dict:
+def make(dtype, batch=2, length=261, heads=8, kv_heads=2, size=64) -> dict:
     """q, k_fp8, v and k_residual, with a key at 0 that scores above most."""
     generator = torch.Generator().manual_seed(0)
 
@@ -101,8 +101,8 @@ def check(device: str, inputs: dict, block_size: int, delta: float, **options) -
 @pytest.mark.parametrize(
     "shape, block_size",
     [
-        ({}, 64),
-        ({"length": 517, "heads": 3, "kv_heads": 1, "size": 80}, 16),
+        ({"length": 517}, 64),
+        ({"length": 261, "heads": 3, "kv_heads": 1, "size": 80}, 16),
         ({"length": 512, "heads": 16, "kv_heads": 1, "size": 128}, 32),
         ({"length": 1100, "heads": 2, "kv_heads": 2, "batch": 1}, 128),
     ],
@@ -134,6 +134,7 @@ def test_skip_ratio_only_if_asked(device):
     assert isinstance(call(device, make(model_dtype(device))), torch.Tensor)
 
 
+@pytest.mark.slow
 def test_smaller_blocks_inside_a_block(device):
     """SBS decides; BS alone stands for SBS = BS."""
     inputs = make(model_dtype(device))
@@ -143,6 +144,7 @@ def test_smaller_blocks_inside_a_block(device):
     assert not torch.equal(small, call(device, inputs, BS=128, delta=delta))
 
 
+@pytest.mark.slow
 def test_without_the_residual(device):
     inputs = make(model_dtype(device))
     delta = pick_delta(inputs, 64)
@@ -161,6 +163,7 @@ def test_16_bit_keys(device):
     check(device, inputs, 64, pick_delta(inputs, 64))
 
 
+@pytest.mark.slow
 def test_scale(device):
     inputs = make(model_dtype(device))
     check(device, inputs, 64, pick_delta(inputs, 64, scale=0.3), scale=0.3)
@@ -180,10 +183,11 @@ def test_precomputed_threshold(device):
     )
     exact, kept, plain = oracle(inputs, 64, 5.0, precomputed_threshold=threshold)
     assert kept[0].all() and kept[1].sum() == 2
-    assert skipped == pytest.approx(0.5 * 8 / 9)
+    assert skipped == pytest.approx(0.5 * 4 / 5)
     assert_within_budget(output.cpu(), exact, plain)
 
 
+@pytest.mark.slow
 def test_strided_inputs(device):
     """Heads before tokens in memory, as caches of other designs have them."""
     inputs = make(model_dtype(device))
@@ -199,6 +203,7 @@ def test_the_delta_of_these_tests_is_no_borderline():
     assert torch.equal(*kept)
 
 
+@pytest.mark.slow
 def test_residual_moves_large_scores_within_float16(device):
     """Logits in the hundreds, a residual that moves them by more than float16 weights hold."""
     inputs = make(torch.float16, batch=1, length=300)

@@ -74,6 +74,7 @@ def batches(largest: Case) -> list:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest", [LARGEST, DRAFTS], ids=["one token", "five tokens"])
 def test_a_plan_is_used_again(device, largest):
     step = Step(largest, device)

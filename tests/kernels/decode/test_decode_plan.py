@@ -93,6 +93,7 @@ def test_long_batches_are_cut_for_more_than_one_wave(device, prunes, length, wav
     assert 0.8 * waves < 8 * len(items[0]) / limits.slots(8) <= waves
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(lengths=lengths)
 def test_batch_invariant_plans(device, lengths):

@@ -13,7 +13,7 @@ KEEP, SKIP = 9.0, 5.0  # scores beside an anchor of 10, log2 units
 
 def planted(device: str, length: int, hot: dict[int, float], **shape) -> list[int]:
     """Blocks kept of one request whose token `position` scores `hot[position]`, others 0."""
-    shape = {"group": 3, "num_kv_heads": 2, "page_size": 48, "block_size": 16} | shape
+    shape = {"group": 3, "num_kv_heads": 1, "page_size": 48, "block_size": 16} | shape
     case = Case((length,), **shape)
     batch = make_batch(case)
     batch.qkv[:] = 1.0
@@ -22,9 +22,9 @@ def planted(device: str, length: int, hot: dict[int, float], **shape) -> list[in
         batch.key[position] = score / (math.log2(math.e) * case.scale * case.head_size)
     batch.write()
     delta = torch.tensor([DELTA])
-    first, second = kept = probe_kept(batch, device, delta)[0]
-    assert torch.equal(first, second) and torch.equal(kept, reference(batch, delta)[1][0])
-    return first.nonzero().flatten().tolist()
+    kept = probe_kept(batch, device, delta)[0]
+    assert torch.equal(kept, reference(batch, delta)[1][0])
+    return kept[0].nonzero().flatten().tolist()
 
 
 def test_hot_tokens_are_kept_and_the_rest_is_not(device):
@@ -32,6 +32,7 @@ def test_hot_tokens_are_kept_and_the_rest_is_not(device):
     assert planted(device, 300, hot) == [0, 6, 13, 18]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [49, 63, 111, 130, 145, 300])
 @pytest.mark.parametrize("place", [1, 15, 16])
 def test_an_anchor_among_the_last_tokens(device, length, place):

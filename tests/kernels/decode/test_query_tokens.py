@@ -13,12 +13,13 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 @pytest.mark.parametrize(
     "query_len, group, num_kv_heads, dtype, page_size, block_size, lengths",
     [
-        (2, 1, 2, BFLOAT, 64, 16, (129, 2, 64)),  # 129: the query tokens lie in two blocks
+        # 129: the query tokens lie in two blocks
+        pytest.param(2, 1, 2, BFLOAT, 64, 16, (129, 2, 64), marks=pytest.mark.slow),
         (2, 16, 1, HALF, 48, 32, (2, 161)),
         (3, 7, 1, BFLOAT, 64, 16, (130, 3)),
-        (3, 4, 2, HALF, 16, 32, (163, 66)),
-        (8, 4, 1, BFLOAT, 32, 16, (8, 165, 150)),
-        (4, 16, 1, BFLOAT, 64, 64, (195, 9)),
+        (3, 4, 1, HALF, 16, 32, (163, 66)),
+        pytest.param(8, 4, 1, BFLOAT, 32, 16, (8, 165, 150), marks=pytest.mark.slow),
+        pytest.param(4, 16, 1, BFLOAT, 64, 64, (195, 9), marks=pytest.mark.slow),
         (8, 1, 1, HALF, 16, 16, (23, 132)),
     ],
 )
@@ -62,6 +63,7 @@ def wrongly_causal(batch, dense: torch.Tensor) -> list[torch.Tensor]:
     return [reference(dataclasses.replace(alone, seq_lens=n), None)[0] for n in wrong]
 
 
+@pytest.mark.slow
 def test_fewer_query_tokens_than_the_limits_allow(device):
     """Steps without drafts run on the same plan and scratch."""
     case = Case((100, 150), block_size=16)
@@ -98,6 +100,7 @@ def test_a_given_threshold_of_every_row(device):
     assert kept[1][1].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF])
 def test_the_budget_rejects_wrong_outputs(dtype):
     """Without a kernel: each wrong output comes from the oracle itself."""
@@ -128,6 +131,7 @@ def test_the_budget_rejects_wrong_outputs(dtype):
             pytest.fail(f"{name} is within the budget", pytrace=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [False, True])
 @pytest.mark.parametrize(
     "query_lens, group, dtype, block_size, lengths",
@@ -158,6 +162,8 @@ def test_uneven_query_tokens(device, query_lens, group, dtype, block_size, lengt
     assert counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
     assert counters[0] < counters[1]
     assert_within_budget(output, exact, plain_attention(full, kept)[picked])
+    if threshold:  # which dense decode has none of
+        return
     dense, everything = reference(full, None)
     exact, _ = reference(batch, None, query_start_loc=starts)
     assert torch.allclose(exact, dense[picked], atol=1e-12)

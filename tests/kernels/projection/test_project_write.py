@@ -73,6 +73,7 @@ def test_shapes(device, shape):
     check(SHAPES[shape], device, *run(SHAPES[shape], device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 11, 16])
 def test_groups(device, group):
     case = QKVCase(group=group, num_kv_heads=1, num_tokens=2, hidden_size=128, page_size=16)
@@ -87,6 +88,7 @@ def test_batches(device, num_tokens):
     check(case, device, *run(case, device, tuning))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_size", [64, 80, 200, 320])
 @pytest.mark.parametrize("splits", [1, 3, 8])
 def test_splits_of_any_hidden_size(device, hidden_size, splits):
@@ -96,6 +98,7 @@ def test_splits_of_any_hidden_size(device, hidden_size, splits):
     check(case, device, *run(case, device, tuning))
 
 
+@pytest.mark.slow
 def test_again_gives_the_same_bits(device):
     """With the scratch of the launch before, and of a larger batch."""
     case = QKVCase(num_tokens=5, norm=True, bias=True)

@@ -39,6 +39,7 @@ def test_shapes(device, shape, in_place):
     check_cache(case, storage, output, qkv[:, -case.num_kv_heads * case.head_size :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 9, 12, 16])
 def test_groups(device, group):
     case = QKVCase(group=group, num_kv_heads=1 + group % 3, num_tokens=3, page_size=16)
@@ -47,9 +48,10 @@ def test_groups(device, group):
     check_cache(case, storage, output, qkv[:, -case.num_kv_heads * case.head_size :])
 
 
-@pytest.mark.parametrize("tokens, heads", [(1, 1), (4, 2), (2, 16), (16, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens, heads", [(1, 1), (4, 2), (2, 16), (8, 1)])
 def test_any_cut_gives_the_same(device, tokens, heads):
-    case = QKVCase(num_tokens=21, norm=True, group=5)
+    case = QKVCase(num_tokens=9, norm=True, group=5)
     _, expected, expected_storage = run(case, device, in_place=False)
     _, output, storage = run(case, device, False, RopeWriteTuning(tokens, heads))
     assert torch.equal(output, expected) and torch.equal(storage, expected_storage)
@@ -61,7 +63,8 @@ def test_the_cut_is_one_under_batch_invariance():
     assert len({rope_write_tuning(n) for n in batches}) > 1
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 128])
+@pytest.mark.slow
+@pytest.mark.parametrize("head_size", [80, 128])
 def test_batch_invariant_norms(device, head_size):
     """Rows alone and in a batch that is cut otherwise without it: bit for bit."""
     case = QKVCase(num_tokens=70, norm=True, group=2, num_kv_heads=1, head_size=head_size)
@@ -80,6 +83,7 @@ def test_batch_invariant_norms(device, head_size):
         assert torch.equal(rotate(alone), together[alone])
 
 
+@pytest.mark.slow
 def test_many_tokens(device):
     case = QKVCase(num_tokens=131, page_size=64, num_kv_heads=1)
     qkv, output, storage = run(case, device, in_place=True)
