@@ -13,8 +13,9 @@ from random_models import make_model
 from vllm.platforms import current_platform
 
 WORKERS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # for functions that workers are to run
-# NVLink multicast is the host's, and virtual machines on it may not have it.
-WITHOUT_MULTICAST = {
+ON_GPUS = WORKERS | {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as in production
+    # NVLink multicast is the host's, and virtual machines on it may not have it.
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_USE_NCCL_SYMM_MEM": "0",
     "NCCL_NVLS_ENABLE": "0",
@@ -54,7 +55,7 @@ def run_on_one_and_two(batches, sampling, preset: str, **llm) -> tuple[Run, Run]
             batches,
             sampling,
             {"preset": preset},
-            variables=WORKERS | WITHOUT_MULTICAST,
+            variables=ON_GPUS,
             tensor_parallel_size=num_gpus,
             **GPU | llm,
         )

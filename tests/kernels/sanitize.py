@@ -4,8 +4,9 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tests/kernels/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python3 tests/kernels/sanitize.py
 
-With a shape, such as 1x1024, one pruned decode of `bench-decode` instead: 32 heads over 8 KV heads
-of 128, 0.1 of the blocks kept.
+Arguments pick parts (decode, write_and_gather, rotate_and_write, project_and_write), or add shapes
+such as 1x1024: pruned decode as `bench-decode` launches it, 32 heads over 8 KV heads of 128, 0.1 of
+the blocks kept.
 """
 
 import dataclasses
@@ -93,22 +94,29 @@ def decode_of_the_benchmark(text: str, device: str) -> None:
 
     shape = Shape.parse(text, Geometry())
     inputs = make_inputs(shape, 0.1, seed=0, device=device)
-    error, kept = Decoder(shape, True, {}, device).check(inputs, write_cache(inputs, "auto"))
+    planes, decoder = write_cache(inputs, "auto"), Decoder(shape, True, {}, device)
+    output = torch.empty_like(inputs.query, dtype=torch.float32 if INTERPRETED else None)
+    for _ in range(1 if INTERPRETED else 100):  # each may start before the one ahead has ended
+        decoder.launch(inputs, planes, output)
+    error, kept = decoder.check(inputs, planes)
     print(f"{shape}: relative error {error:.1e}, {kept:.2f} of the blocks kept")
 
 
-def main(shapes: list[str]) -> None:
+PARTS = {p.__name__: p for p in (decode, write_and_gather, rotate_and_write, project_and_write)}
+
+
+def main(wanted: list[str]) -> None:
     from vllm_ffa_fp8fp8.bench.decoder import compiled_kernels
 
     sys.path.extend(ROOMS)
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # nothing lies behind a tensor's end
     device, begin = "cpu" if INTERPRETED else "cuda", time.monotonic()
-    for shape in shapes:
-        decode_of_the_benchmark(shape, device)
-    for part in (decode, write_and_gather, rotate_and_write, project_and_write):
-        if not shapes:
-            part(device)
-            print(f"{part.__name__}: right ({time.monotonic() - begin:.0f} s)", flush=True)
+    for name in wanted or PARTS:
+        if name in PARTS:
+            PARTS[name](device)
+        else:
+            decode_of_the_benchmark(name, device)
+        print(f"{name}: right ({time.monotonic() - begin:.0f} s)", flush=True)
     if not INTERPRETED:
         print(*compiled_kernels(), sep="\n")
 
