@@ -16,6 +16,7 @@ WORKERS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # for functions that worke
 ON_GPUS = WORKERS | {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as in production
     # NVLink multicast is the host's, and virtual machines on it may not have it.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_USE_NCCL_SYMM_MEM": "0",
     "NCCL_NVLS_ENABLE": "0",
