@@ -39,6 +39,7 @@ def test_one_token_a_step():
 def test_drafts():
     run = serve_all({"preset": "balanced"}, **DRAFTS)
     assert 5 in run.decode_query_lens and run.facts["accepted_tokens"] > 0
+    assert "FULL" in run.facts["captured_modes"]
 
 
 def test_thresholds_of_their_own_kernel_and_a_separate_cache_write():
