@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..runtime import launch
 from .page_layout import KVPlanes
-from .paged_cache import PageShape, cache_of_head, page_shape, paged_cache
+from .paged_cache import cache_of_head, page_shape, paged_cache
 from .paged_rows import load_rows, load_scales, token_pages, token_pointers
 
 ROWS = 32
@@ -97,19 +97,7 @@ def gather_kv(
         key.stride(0),
         key.stride(1),
         key.shape[0],
-        **_constants(planes),
+        PAGE=page_shape(planes),
+        ROWS=ROWS,
+        num_warps=4,
     )
-
-
-def compile_gather(planes: KVPlanes, dtype: torch.dtype) -> None:
-    """Compiles what `gather_kv` launches for `planes` and outputs of `dtype`, and launches
-    nothing, so that the first request with a prefix need not wait for it."""
-    row = planes.num_kv_heads * planes.head_size
-    _kv_gather_kernel.warmup(
-        dtype, dtype, paged_cache(planes), torch.int32, torch.int32, 1, row,
-        planes.head_size, 1, **_constants(planes), grid=(1,),
-    )
-
-
-def _constants(planes: KVPlanes) -> dict[str, PageShape | int]:
-    return {"PAGE": page_shape(planes), "ROWS": ROWS, "num_warps": 4}

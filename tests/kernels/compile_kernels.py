@@ -92,12 +92,11 @@ def examine(launch: Launch, capability: int) -> Compiled:
 
 
 def check_compiled_once(case: Case, capability: int) -> list[str]:
-    """What `compile_gather` compiles is what `gather_kv` launches, wherever a step's prefills
-    begin in the block table; batches share one compilation of the cache write."""
+    """Batches share one compilation of the gather, wherever a step's prefills begin in the block
+    table, and one of the cache write."""
     planes = empty_planes(case)
     tokens = torch.zeros(64, case.num_kv_heads, case.head_size, dtype=case.dtype)
     with compiled_instead(capability) as launched:
-        kv_gather.compile_gather(planes, case.dtype)
         for pages in (3, 4):
             block_table, rows = torch.zeros(3, pages, dtype=torch.int32), tokens[pages:]
             for first in (0, 1):
