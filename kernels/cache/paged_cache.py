@@ -87,6 +87,13 @@ def cache_of_head(cache, head):
 
 
 @triton.jit
+def plane_of_words(plane):
+    """A plane of bytes as one of 32-bit words, each of four tokens."""
+    pointer = plane.pointer.to(tl.pointer_type(tl.int32))
+    return PagedPlane(pointer, plane.stride_page // 4, plane.stride_head // 4)
+
+
+@triton.jit
 def row_tile(rows, columns):
     """Pointers to `columns` of `rows`, `[ROWS, COLUMNS]`, for rows that begin at multiples of 16
     bytes, as those of a page do (see `PageLayout`).

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .fp8_split import exponent_to_scale
-from .paged_cache import row_tile
+from .paged_cache import plane_of_words, row_tile
 
 
 class BlockShape(NamedTuple):
@@ -83,29 +83,20 @@ def pick(places, index):
 
 
 @triton.jit
-def _unit_pointers(
-    plane_ptr, stride_page, places, index, tokens,
-    STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
+def tile_pointers(
+    plane, places, index, tokens, STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PACKED: tl.constexpr = 1,
 ):
-    pointers = plane_ptr + tokens * 0
+    """Pointers to the rows of `tokens`, int32 `[ROWS]`: all of ROWS tokens, in any order, counted
+    from block `index` of `places` on (see `load_places`). PACKED tokens share an element of the
+    plane."""
+    pointers = plane.pointer + tokens * 0
     for unit in tl.static_range(ROWS // BLOCK.UNIT):
         place = pick(places, index * BLOCK.PER_BLOCK + unit)
-        unit_ptr = plane_ptr + (place // BLOCK.PER_PAGE).to(tl.int64) * stride_page
+        unit_ptr = plane.pointer + (place // BLOCK.PER_PAGE).to(tl.int64) * plane.stride_page
         unit_ptr += place % BLOCK.PER_PAGE * (BLOCK.UNIT // PACKED * STRIDE_TOKEN)
         pointers = tl.where(tokens // BLOCK.UNIT == unit, unit_ptr, pointers)
     return pointers + tokens % BLOCK.UNIT // PACKED * STRIDE_TOKEN
-
-
-@triton.jit
-def tile_pointers(
-    plane, places, index, tokens,
-    STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):
-    """Pointers to the rows of `tokens`, int32 `[ROWS]`: all of ROWS tokens, in any order, counted
-    from block `index` of `places` on (see `load_places`)."""
-    return _unit_pointers(
-        plane.pointer, plane.stride_page, places, index, tokens, STRIDE_TOKEN, BLOCK, ROWS, 1
-    )
 
 
 @triton.jit
@@ -169,10 +160,7 @@ def load_tile_exponents(
     """
     words = tl.zeros([ROWS], tl.int32)
     if plane.pointer is not None:
-        pointers = _unit_pointers(
-            plane.pointer.to(tl.pointer_type(tl.int32)), plane.stride_page // 4,
-            places, index, tokens, 1, BLOCK, ROWS, 4,
-        )
+        pointers = tile_pointers(plane_of_words(plane), places, index, tokens, 1, BLOCK, ROWS, 4)
         words = tl.load(pointers, mask=valid, other=0)
     return words
 

@@ -153,7 +153,7 @@ def _kernel_tuning(
     if converts_keys:
         tile_blocks = max(1, tile_blocks // 4)  # in registers
     # a warp holds the places of a chunk, up to four elements a thread
-    held_blocks = 128 * math.gcd(planes.page_size, limits.block_size) // limits.block_size
+    held_blocks = 128 // block_shape(limits.block_size, planes.page_size).PER_BLOCK
     # beside 64 query rows the buffers of four do not fit the shared memory of 8.9 and 12.0
     attend_stages = tuning.attend_stages if rows <= 32 else min(tuning.attend_stages, 3)
     merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(planes.head_size))

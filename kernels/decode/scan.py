@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..cache.paged_cache import cache_of_head
+from ..cache.paged_cache import cache_of_head, plane_of_words
 from ..cache.paged_rows import (
     load_rows,
     load_tile_exponents,
@@ -57,9 +57,10 @@ def load_anchors(seq_len, pages, cache, PAGE: tl.constexpr):
     words = tl.zeros([4 * ANCHOR_TOKENS], tl.int32)
     HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
     if HAS_EXPONENT:
-        exponents = cache.key_exponent.pointer.to(tl.pointer_type(tl.int32))
-        exponents += pages * (cache.key_exponent.stride_page // 4)
-        words = tl.load(exponents + positions // 4 % (PAGE.PAGE_SIZE // 4), mask=valid, other=0)
+        exponents = token_pointers(
+            plane_of_words(cache.key_exponent), pages, positions // 4, 1, PAGE.PAGE_SIZE // 4
+        )
+        words = tl.load(exponents, mask=valid, other=0)
     # Or the loads up to here move behind the keys' way to shared memory, and wait in vain for them.
     tl.debug_barrier()
     rows = token_pointers(cache.key, pages, positions, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
