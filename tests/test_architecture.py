@@ -11,7 +11,7 @@ PACKAGE = "vllm_ffa_fp8fp8"
 ROOMS = (  # lower ones first; a room may import itself and those before it
     ("kernels",),
     ("configs",),
-    ("envs", "registry", "environment", "config"),
+    ("envs", "registry", "environment", "config", "settings"),
     ("integration",),
     ("attention",),
     ("bench",),
