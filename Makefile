@@ -9,10 +9,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-fast serve doctor lint check-compiled tables gpu-test bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo test test-fast serve doctor lint check-compiled tables gpu-test bench bench-decode bench-serving bench-kproj clean
 
 help:
-	@echo "make setup | demo | test | test-fast | serve | doctor | lint | check-compiled | tables | gpu-test | bench-decode | bench-serving | bench-kproj | clean"
+	@echo "make setup | demo | test | test-fast | serve | doctor | lint | check-compiled | tables | gpu-test | bench | clean"
 	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, ARGS='...' adds arguments."
 
 setup: $(READY)
@@ -49,14 +49,11 @@ tables: $(READY)
 serve: $(READY)
 	@BIN=$(BIN) PORT=$(PORT) scripts/serve.sh $(MODEL)
 
-bench-decode: $(READY)
-	@$(BIN)/ffa-fp8fp8 bench-decode $(ARGS)
+bench: $(READY)
+	@$(BIN)/ffa-fp8fp8 bench $(ARGS)
 
-bench-serving: $(READY)
-	@$(BIN)/ffa-fp8fp8 bench-serving $(ARGS)
-
-bench-kproj: $(READY)
-	@$(BIN)/ffa-fp8fp8 bench-kproj $(ARGS)
+bench-decode bench-serving bench-kproj:
+	@echo "make $@ is now: make bench ARGS='$(@:bench-%=%) ...'"; exit 2
 
 clean:
 	rm -rf $(VENV) .triton build *.egg-info

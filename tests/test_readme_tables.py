@@ -12,8 +12,8 @@ from vllm_ffa_fp8fp8.bench.bars import MAIN
 from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, OURS, Cell, Figure, Shape
 from vllm_ffa_fp8fp8.bench.files import Records, file_name
 from vllm_ffa_fp8fp8.bench.model_tables import TABLES
-from vllm_ffa_fp8fp8.bench.published import DECODE, SERVING, Published
-from vllm_ffa_fp8fp8.bench.store import Store
+from vllm_ffa_fp8fp8.bench.published import SERVING, Published
+from vllm_ffa_fp8fp8.bench.store import DECODE, Store
 from vllm_ffa_fp8fp8.bench.tables import MARKED, fill
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def test_a_table_that_a_newer_stack_lacks_is_the_older_ones(tmp_path):
     keep(tmp_path, OLD, 140.0, dataclasses.replace(CELL, ahead="write"))
     keep(tmp_path, NEW, 120.0)
     assert "Triton 3.7.1" in TABLES["decode-write"](Published(tmp_path))
-    with pytest.raises(ValueError, match="no figures of bench-decode"):
+    with pytest.raises(ValueError, match="no figures of decode"):
         TABLES["decode-hot"](Published(tmp_path))
 
 
@@ -97,8 +97,8 @@ def test_unknown_names_are_told():
 
 
 def test_a_file_of_something_else_is_told(tmp_path):
-    (tmp_path / "some.json").write_text(json.dumps({"benchmark": "x", "records": []}))
-    with pytest.raises(ValueError, match="some.json holds no figures of x"):
+    (tmp_path / "some.json").write_text(json.dumps({"benchmark": "x", "figures": []}))
+    with pytest.raises(ValueError, match="some.json holds no figures of decode: it is of x"):
         Published(tmp_path)
 
 

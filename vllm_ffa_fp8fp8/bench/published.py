@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ffa_fp8fp8.bench.cells import Figures
-from vllm_ffa_fp8fp8.bench.files import BENCHMARK, read_object, read_records
-from vllm_ffa_fp8fp8.bench.store import parse_figures
+from vllm_ffa_fp8fp8.bench.files import read_records
+from vllm_ffa_fp8fp8.bench.store import benchmark_of, read_decode
 from vllm_ffa_fp8fp8.environment import release
 
-DECODE, KPROJ, SERVING = "bench-decode", "bench-kproj", "bench-serving"
+KPROJ, SERVING = "kproj", "serving"
 RETRIEVAL = "retrieval"
 """Answers of a real model: no command makes them, see the records."""
+DRAWN = ("layers", "quality")
+"""What `plot` draws, and no table shows."""
 
 
 @dataclass
@@ -40,14 +42,14 @@ class Published:
     def __init__(self, folder: Path):
         found: dict[tuple, Source] = {}
         for path in sorted(folder.glob("*.json")):
-            content = read_object(path)
-            benchmark = content.get(BENCHMARK, DECODE)
-            if benchmark == DECODE:
-                environment, figures = parse_figures(content)
-                records = []
-            else:
+            benchmark = benchmark_of(path)
+            if benchmark in DRAWN:
+                continue
+            figures, records = {}, []
+            if benchmark in (KPROJ, SERVING, RETRIEVAL):
                 environment, records = read_records(path, benchmark)
-                figures = {}
+            else:
+                environment, figures = read_decode(path)
             key = (benchmark, *sorted(environment.items()))
             source = found.setdefault(key, Source(environment))
             source.figures |= figures

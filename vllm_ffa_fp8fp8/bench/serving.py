@@ -1,4 +1,4 @@
-"""What `bench-serving` times, and its figures: plain data, engine arguments, a table."""
+"""What `bench serving` times, and its figures: plain data, engine arguments, a table."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_ffa_fp8fp8.bench.files import Records
+from vllm_ffa_fp8fp8.bench.published import SERVING
 from vllm_ffa_fp8fp8.bench.report import CACHED, conditions, ratio, table
 from vllm_ffa_fp8fp8.bench.store import fingerprint
 from vllm_ffa_fp8fp8.config import ADDITIONAL_CONFIG_KEY, FFAConfig
@@ -129,16 +130,13 @@ def engine_job(
 
 
 class Results:
-    """Figures in a JSON file, a record for each variant and row. A file of other versions is
-    replaced. Raises ValueError for a file of something else."""
+    """Figures in a JSON file, a record for each variant and row. Arguments as of `Records`."""
 
     def __init__(
         self, path: Path, environment: dict[str, str], fresh: bool = False, commit: str = ""
     ):
-        self.path, self.environment, self.commit = path, environment, commit
-        self._file = Records(path, "bench-serving", environment)
-        self._new: list[dict[str, Any]] = []
-        self.fresh = fresh
+        self.path, self.environment = path, environment
+        self._file = Records(path, SERVING, environment, fresh=fresh, commit=commit)
 
     def missing(self, variant: Variant, settings: Settings) -> list[tuple[int, int]]:
         """The rows that no earlier run timed with the same code and settings."""
@@ -165,19 +163,16 @@ class Results:
             figures = {"ms": round(row["ms"], 3), "all_ms": [round(ms, 3) for ms in row["all_ms"]]}
             figures |= {name: row[name] for name in ("kept", "threshold_over_anchors")}
             figures |= {"backend": answer["backend"], "counts": variant.counts}
-            origin = {"code": self._code(variant), "commit": self.commit}
-            self._new.append(self._file.put(key, figures | origin))
+            self._file.put(key, figures, self._code(variant))
         self._file.save()
 
     def of(self, variants: list[Variant], settings: Settings) -> list[dict[str, Any]]:
         """Records of all rows and variants, by row; `cached` tells those of earlier runs."""
         found = [self._find(v, row, settings) for row in settings.rows for v in variants]
-        return [record | {"cached": record not in self._new} for record in found if record]
+        return [record | {"cached": self._file.is_cached(record)} for record in found if record]
 
     def _find(self, variant: Variant, row, settings: Settings) -> dict[str, Any] | None:
-        key = self._key(variant, row, settings) | {"code": self._code(variant)}
-        records = self._new if self.fresh else self._file.all
-        return next((record for record in records if key.items() <= record.items()), None)
+        return self._file.find(self._key(variant, row, settings), self._code(variant))
 
     @staticmethod
     def _code(variant: Variant) -> str:

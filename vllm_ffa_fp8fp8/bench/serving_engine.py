@@ -1,4 +1,4 @@
-"""One engine's part of `bench-serving`, in its own process: times rows of batch x tokens."""
+"""One engine's part of `bench serving`, in its own process: times rows of batch x tokens."""
 
 import random
 import statistics
@@ -94,9 +94,9 @@ class Row:
 
     def read_kept(self) -> float | None:
         """Kept fraction since the last reading; None where nothing was counted."""
-        counts = self.llm.collective_rpc("ffa_skip_stats")
-        total = sum(count["total_blocks"] for count in counts)
-        return sum(count["kept_blocks"] for count in counts) / total if total else None
+        from vllm_ffa_fp8fp8.attention.stats import sum_skip_stats
+
+        return sum_skip_stats(self.llm.collective_rpc("ffa_skip_stats"))["kept"]
 
     def measure_kept(self, threshold: float) -> float:
         self.set_threshold(threshold)

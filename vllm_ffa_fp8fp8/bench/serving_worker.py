@@ -1,4 +1,4 @@
-"""What `bench-serving` asks of a worker, through `worker_extension_cls`."""
+"""What `bench serving` asks of a worker, through `worker_extension_cls`."""
 
 import torch
 

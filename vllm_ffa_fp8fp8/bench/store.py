@@ -1,31 +1,29 @@
-"""Figures of bench-decode on disk: a JSON file for each GPU, stack and geometry, reused by later
-runs."""
+"""Figures of `bench decode` on disk: a JSON file for each GPU, stack and geometry."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from vllm_ffa_fp8fp8.bench.cells import (
-    NOTHING,
-    PEERS,
-    SPREAD,
-    Cell,
-    Figure,
-    Figures,
-    Geometry,
-    Shape,
+from vllm_ffa_fp8fp8.bench.cells import PEERS, Cell, Figure, Figures, Geometry, Shape
+from vllm_ffa_fp8fp8.bench.files import (
+    BENCHMARK,
+    ENVIRONMENT,
+    FIGURES,
+    Records,
+    entry,
+    file_name,
+    read_content,
+    read_object,
 )
-from vllm_ffa_fp8fp8.bench.files import BENCHMARK, entry, file_name, make_folder, read_object
+
+DECODE, GEOMETRY = "decode", "geometry"
 
 OUR_FILES = ("inputs.py", "timing.py", "decoder.py", "base_read.py")
 PEER_FILES = ("inputs.py", "timing.py", "peers.py")
 NUMBER = (int, float)
-OLDER_RECORD = {"hot": SPREAD, "ahead": NOTHING, "commit": ""}
-"""What records from before there were these fields stand for."""
 
 
 def fingerprint(*packages: str, only: tuple[str, ...] = ()) -> str:
@@ -56,23 +54,18 @@ def code_fingerprint(series: str) -> str:
 
 
 class Store:
-    """The figures of one environment (GPU and versions). A file of another one is replaced.
-
-    Args:
-        environment: names and versions that a figure depends on, `gpu` among them.
-        fresh: take no figure from earlier runs.
-        commit: of the code that is measured, as figures name it.
-    """
+    """Figures of cells. Arguments as of `Records`."""
 
     def __init__(
         self, folder: Path, environment: dict[str, str], fresh: bool = False, commit: str = ""
     ):
         self.folder, self.environment, self.fresh = folder, environment, fresh
         self.commit = commit
+        self._files: dict[Geometry, Records] = {}
         self._figures: dict[Geometry, Figures] = {}
 
     def path(self, geometry: Geometry) -> Path:
-        return self.folder / file_name("decode", self.environment, geometry)
+        return self.folder / file_name(DECODE, self.environment, geometry)
 
     def get(self, cell: Cell, code: str) -> Figure | None:
         """The figure, if it was measured by the same code in this environment."""
@@ -88,22 +81,16 @@ class Store:
         return figure
 
     def save(self, geometry: Geometry) -> None:
-        make_folder(self.folder)
-        figures = sorted(self._of(geometry).items())
-        lines = ",\n".join(json.dumps(as_record(cell, figure)) for cell, figure in figures)
-        self.path(geometry).write_text(
-            f'{{"environment": {json.dumps(self.environment)},\n'
-            f'"geometry": {json.dumps(asdict(geometry))},\n'
-            f'"figures": [\n{lines}\n]}}\n'
-        )
+        """Raises ValueError where the file cannot be written."""
+        figures, file = sorted(self._of(geometry).items()), self._files[geometry]
+        file.all = [as_record(cell, figure) for cell, figure in figures]
+        file.save()
 
     def _of(self, geometry: Geometry) -> Figures:
         if geometry not in self._figures:
-            path, figures = self.path(geometry), {}
-            if path.is_file():
-                ((environment, figures),) = read_figures([path])
-                figures = figures if environment == self.environment else {}
-            self._figures[geometry] = figures
+            path, subject = self.path(geometry), {GEOMETRY: asdict(geometry)}
+            file = self._files[geometry] = Records(path, DECODE, self.environment, subject)
+            self._figures[geometry] = parse_figures({GEOMETRY: asdict(geometry), FIGURES: file.all})
         return self._figures[geometry]
 
 
@@ -129,33 +116,40 @@ def read_figures(
     it."""
     found: dict[tuple, tuple[dict[str, str], Figures]] = {}
     for path in paths:
-        try:
-            content = read_object(path)
-            if BENCHMARK in content:
-                tell(f"{path} is skipped: it holds figures of {content[BENCHMARK]}.")
-                continue
-            environment, figures = parse_figures(content)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{path} holds no figures of bench-decode: {reason}") from error
+        if (benchmark := benchmark_of(path)) not in (None, DECODE):
+            tell(f"{path} is skipped: it holds figures of {benchmark}.")
+            continue
+        environment, figures = read_decode(path)
         of_its_stack = found.setdefault(tuple(environment.items()), (environment, {}))
         of_its_stack[1].update(figures)
     return list(found.values())
 
 
-def parse_figures(content: dict) -> tuple[dict[str, str], Figures]:
-    """Environment and figures of a file. Raises ValueError."""
-    environment, sizes = entry(content, "environment", dict), entry(content, "geometry", dict)
-    for name in ("gpu", "torch", "triton", "vllm"):
-        entry(environment, name, str)
+def benchmark_of(path: Path) -> object:
+    """What the file says that it is of; None where it says nothing."""
+    try:
+        return read_object(path).get(BENCHMARK)
+    except ValueError:
+        return None
+
+
+def read_decode(path: Path) -> tuple[dict[str, str], Figures]:
+    """Environment and figures of a file. Raises ValueError with its name and what is wrong."""
+    content = read_content(path, DECODE)
+    try:
+        return content[ENVIRONMENT], parse_figures(content)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no figures of {DECODE}: {error}") from error
+
+
+def parse_figures(content: dict) -> Figures:
+    """Raises ValueError."""
+    sizes = entry(content, GEOMETRY, dict)
     geometry = Geometry(*(entry(sizes, field.name, int) for field in fields(Geometry)))
-    records = entry(content, "figures", list)
-    return environment, dict(parse_record(record, geometry) for record in records)
+    return dict(parse_record(record, geometry) for record in content[FIGURES])
 
 
 def parse_record(record: dict, geometry: Geometry) -> tuple[Cell, Figure]:
-    if isinstance(record, dict):
-        record = OLDER_RECORD | record
     cell = Cell(
         Shape(geometry, entry(record, "batch", int), entry(record, "seq_len", int)),
         entry(record, "series", str),

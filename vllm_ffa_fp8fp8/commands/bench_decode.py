@@ -1,14 +1,12 @@
-"""`ffa-fp8fp8 bench-decode`: decode attention beside FlashAttention 3, on planted skips.
+"""`ffa-fp8fp8 bench decode`: decode attention beside FlashAttention 3, on planted skips.
 
-Every output is checked before it is timed. Figures are kept as JSON and reused by later runs of the
-same code on such a GPU.
+Every output is checked before it is timed.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.bars import KEPT, bar_cells
 from vllm_ffa_fp8fp8.bench.cells import (
     AHEAD,
@@ -23,7 +21,6 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Shape,
     plan_cells,
 )
-from vllm_ffa_fp8fp8.bench.files import file_name
 from vllm_ffa_fp8fp8.bench.store import read_figures
 from vllm_ffa_fp8fp8.commands.bench_options import (
     add_record_arguments,
@@ -90,7 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bars", action="store_true",
         help="measure only what the bars (targets, see bench/bars.py) need, show only them",
     )  # fmt: skip
-    add("--fresh", action="store_true", help="measure again what an earlier run measured")
     add("--profile", action="store_true", help="show each kernel's time, too; implies --fresh")
     add_record_arguments(parser)
     add(
@@ -107,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
                 raise ValueError("There are no figures to show.")
             return max(show(options, *source) for source in sources)
         if problem := missing_gpu():
-            print(f"bench-decode measures on an NVIDIA GPU: {problem}.")
+            print(f"bench decode measures on an NVIDIA GPU: {problem}.")
             print("--report FILE.json shows figures of an earlier run.")
             return 1
         return measure(options)
@@ -148,7 +144,10 @@ def measure(options: argparse.Namespace) -> int:
     print(f"{measured} of {len(figures)} cells measured in {time.monotonic() - start:.0f} s")
     if options.profile:
         print("\n".join(compiled_kernels()))
-    return show(options, versions, figures)
+    show(options, versions, figures)
+    for geometry in sorted({cell.shape.geometry for cell in figures}):
+        print(store.path(geometry))
+    return 0
 
 
 def head_size(cell: Cell) -> int:
@@ -182,7 +181,6 @@ def parse_heads(text: str) -> tuple[int, int]:
 
 
 def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures) -> int:
-    """Tables, and pictures where matplotlib is installed."""
     from vllm_ffa_fp8fp8.bench import report
 
     console = report.console()
@@ -193,17 +191,4 @@ def show(options: argparse.Namespace, versions: dict[str, str], figures: Figures
     report.show_table(console, report.bar_table(figures))
     for note in report.footnotes(versions, figures):
         console.print(note)
-    if options.bars:
-        return 0
-    if not environment.version_of("matplotlib"):
-        install = environment.install_command("bench")
-        console.print(f"No plots without matplotlib: {install}")
-        return 0
-    from vllm_ffa_fp8fp8.bench.plot import plot_figures
-
-    for geometry in sorted({cell.shape.geometry for cell in figures}):
-        own = {cell: figure for cell, figure in figures.items() if cell.shape.geometry == geometry}
-        stem = options.folder / file_name("decode", versions, geometry).removesuffix(".json")
-        for path in plot_figures(own, stem, versions["gpu"]):
-            print(path)
     return 0

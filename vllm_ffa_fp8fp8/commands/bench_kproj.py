@@ -1,22 +1,34 @@
-"""`ffa-fp8fp8 bench-kproj`: from hidden states to the cache in one kernel, beside vLLM's linear
+"""`ffa-fp8fp8 bench kproj`: from hidden states to the cache in one kernel, beside vLLM's linear
 layer and rotary kernel and our cache write.
 
 Every way is checked against float64 before it is timed: all tokens of a decode step, tokens from
-all over a prompt. Figures are kept as JSON; each run measures all that it is asked for.
+all over a prompt.
 """
 
 import argparse
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
+
+from rich.table import Table
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.files import Records, file_name, make_folder
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
+from vllm_ffa_fp8fp8.bench.published import KPROJ
+from vllm_ffa_fp8fp8.bench.report import CACHED, conditions, console, ratio, show_table, table
+from vllm_ffa_fp8fp8.bench.store import fingerprint
 from vllm_ffa_fp8fp8.commands.bench_options import (
     add_record_arguments,
     missing_gpu,
     tell_conditions,
 )
 
+Step = tuple[str, str, int]
+"""Model, phase (decode or prefill) and tokens."""
+ONE_KERNEL = "one kernel, "
+TIMING_FILES = ("projection.py", "timing.py")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 DECODE_FIELDS = ("splits", "hidden_block", "stages", "warps", "finish_rows", "shared_memory")
 PREFILL_FIELDS = ("tokens", "heads", "warps")
@@ -49,20 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_record_arguments(parser)
 
 
-def describe(row: dict) -> str:
-    best = min((us, name) for name, us in row["us"].items() if name.startswith("one kernel"))
-    unfused, floor = row["us"]["unfused"], row["floor_us"]
-    linear = row["us"].get("linear + kernel")
-    middle = "" if linear is None else f"{linear:9.1f} ({unfused / linear:.2f}x)"
-    return (
-        f"{row['model']:>4} {row['tokens']:6d} {floor:8.1f} {unfused:9.1f} {middle:18} "
-        f"{best[0]:9.1f} ({unfused / best[0]:.2f}x, {floor / best[0]:.2f} of the floor) {best[1]}"
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     if problem := missing_gpu():
-        print(f"bench-kproj times kernels on an NVIDIA GPU with FP8: {problem}.")
+        print(f"bench kproj times kernels on an NVIDIA GPU with FP8: {problem}.")
         return 1
     if environment.vllm_version() is None:
         print(environment.NO_VLLM)
@@ -72,18 +73,45 @@ def run(options: argparse.Namespace) -> int:
         from vllm_ffa_fp8fp8.bench import sweep
 
         versions = sweep.environment()
-        path = options.folder / file_name("kproj", versions)
-        records = Records(path, "bench-kproj", versions)
+        commit = tell_conditions(options, versions)
+        path = options.folder / file_name(KPROJ, versions)
+        records = Records(path, KPROJ, versions, fresh=options.fresh, commit=commit)
+        measured = measure(options, records)
     except ValueError as error:
         print(error)
         return 2
-    measured = measure(options, records, tell_conditions(options, versions))
-    print("\nmicroseconds; best of the tunings; speed-ups over unfused")
-    print("model tokens    floor   unfused   linear + kernel   one kernel")
-    for row in measured:
-        print(describe(row))
-    print(records.path)
+    screen = console()
+    show_table(screen, as_table(measured, records))
+    screen.print(conditions(versions, (row["commit"] for row in measured)))
+    screen.print(str(records.path))
     return 0
+
+
+def as_table(rows: list[dict[str, Any]], records: Records) -> Table:
+    """A row for each record: the best of the tunings, and speed-ups over unfused."""
+    result = table(
+        "From hidden states to the cache, microseconds", "shape", "step", "tokens", "floor",
+        "unfused", "linear + kernel", "over unfused", "one kernel", "over unfused", "of the floor",
+        "launch parameters",
+    )  # fmt: skip
+    for row in rows:
+        us = row["us"]
+        best, name = min((us, name) for name, us in us.items() if name.startswith(ONE_KERNEL))
+        linear, cached = us.get("linear + kernel"), CACHED if records.is_cached(row) else ""
+        result.add_row(
+            row["model"],
+            row["phase"],
+            f"{row['tokens']:,}",
+            f"{row['floor_us']:,.1f}",
+            f"{us['unfused']:,.1f}{cached}",
+            "-" if linear is None else f"{linear:,.1f}{cached}",
+            ratio(linear and us["unfused"] / linear),
+            f"{best:,.1f}{cached}",
+            ratio(us["unfused"] / best),
+            ratio(row["floor_us"] / best),
+            name.removeprefix(ONE_KERNEL),
+        )
+    return result
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -108,34 +136,62 @@ def check_options(options: argparse.Namespace) -> None:
             parse_tuning(text, parameters)
 
 
-def measure(options: argparse.Namespace, records: Records, commit: str) -> list[dict[str, Any]]:
-    """Measures, keeps and returns what the options ask for."""
+def measure(options: argparse.Namespace, records: Records) -> list[dict[str, Any]]:
+    """Returns what the options ask for, measured now as far as no earlier run did."""
+    code = "-".join(
+        (
+            fingerprint("vllm_ffa_fp8fp8.kernels"),
+            fingerprint("vllm_ffa_fp8fp8.bench", only=TIMING_FILES)[:4],
+        )
+    )
+    steps = [(model, "decode", tokens) for model in options.models for tokens in options.batches]
+    steps += [(model, "prefill", tokens) for model in options.models for tokens in options.prefill]
+    found = {step: find(records, step, code, options) for step in steps}
+    missing = [step for step in steps if found[step] is None]
+    for step, row in measured_now(missing, options):
+        found[step] = records.put(as_key(step), row, code)
+        records.save()
+        for name, us in row["us"].items():
+            print("{} {} x{} ".format(*step) + f"{name}: {us:.1f} us", flush=True)
+    return list(found.values())
+
+
+def as_key(step: Step) -> dict[str, Any]:
+    return dict(zip(("model", "phase", "tokens"), step, strict=True))
+
+
+def variants(phase: str, options: argparse.Namespace) -> list[str]:
+    return options.vary if phase == "decode" else options.vary_prefill
+
+
+def find(records: Records, step: Step, code: str, options: argparse.Namespace):
+    """The record of a step, if it has all the launch parameters that are to be varied."""
+    record = records.find(as_key(step), code)
+    wanted = {ONE_KERNEL + text for text in variants(step[1], options)}
+    return record if record and wanted <= record["us"].keys() else None
+
+
+def measured_now(
+    steps: list[Step], options: argparse.Namespace
+) -> Iterator[tuple[Step, dict[str, Any]]]:
+    if not steps:
+        return
     import torch
 
     from vllm_ffa_fp8fp8.bench import projection
-    from vllm_ffa_fp8fp8.bench.store import fingerprint
     from vllm_ffa_fp8fp8.bench.timing import copy_bandwidth, read_bandwidth
 
     bandwidth, copies = read_bandwidth(), copy_bandwidth()
     print(f"read {bandwidth / 1e6:.2f} TB/s, copy {copies / 1e6:.2f} TB/s")
-    origin = {"code": fingerprint("vllm_ffa_fp8fp8.kernels"), "commit": commit}
-    measured = []
-
-    def keep(phase: str, row: dict[str, Any]) -> None:
-        key = {"phase": phase, "model": row["model"], "tokens": row["tokens"]}
-        measured.append(records.put(key, row | origin))
-        records.save()
-        for name, us in row["us"].items():
-            print(f"{row['model']} {phase} x{row['tokens']} {name}: {us:.1f} us", flush=True)
-
-    for model in options.models:
+    ways = {
+        "decode": (projection.bench_decode_step, bandwidth),
+        "prefill": (projection.bench_prefill, copies),
+    }
+    for model, its_steps in groupby(sorted(steps, key=itemgetter(0)), key=itemgetter(0)):
         weights = projection.make_weights(model)
-        for batch in options.batches:
-            row = projection.bench_decode_step(model, batch, weights, bandwidth, options.vary)
-            keep("decode", row)
-        for tokens in options.prefill:
-            row = projection.bench_prefill(model, tokens, weights, copies, options.vary_prefill)
-            keep("prefill", row)
+        for step in its_steps:
+            _, phase, tokens = step
+            bench, speed = ways[phase]
+            yield step, bench(model, tokens, weights, speed, variants(phase, options))
         del weights
         torch.cuda.empty_cache()
-    return sorted(measured, key=lambda row: row["phase"])

@@ -1,4 +1,4 @@
-"""What the commands that measure have in common."""
+"""What the benchmarks have in common."""
 
 import argparse
 from pathlib import Path
@@ -11,6 +11,9 @@ FOLDER = Path("plot")
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", type=Path, default=FOLDER, help="for what is kept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure again what an earlier run measured"
     )
     parser.add_argument(
         "--commit", metavar="ID",

@@ -1,4 +1,4 @@
-"""`ffa-fp8fp8 bench-serving`: time per output token of a model's shape with dummy weights.
+"""`ffa-fp8fp8 bench serving`: time per output token of a model's shape with dummy weights.
 
 Each variant is an engine in a process of its own. Prompts stay in the prefix cache, so that only
 decode steps are timed. Dummy weights prune nothing by themselves: the threshold is moved in the
@@ -13,6 +13,7 @@ from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.cells import Geometry, Shape
 from vllm_ffa_fp8fp8.bench.files import file_name, make_folder
 from vllm_ffa_fp8fp8.bench.model_shapes import MODELS, write_model
+from vllm_ffa_fp8fp8.bench.published import SERVING
 from vllm_ffa_fp8fp8.bench.report import console, show_table
 from vllm_ffa_fp8fp8.bench.serving import (
     PEERS,
@@ -68,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=float, default=0.9, metavar="PART",
         help="part of the GPU's memory for an engine (default: %(default)s)",
     )  # fmt: skip
-    add("--fresh", action="store_true", help="time again what an earlier run timed")
     add_record_arguments(parser)
 
 
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     on_gpu = gpu is not None and not environment.is_cpu_build()
     if not on_gpu and options.model != "tiny":
-        print("bench-serving times a large model on an NVIDIA GPU, which this machine or this")
+        print("bench serving times a large model on an NVIDIA GPU, which this machine or this")
         print("build of vLLM lacks; --model tiny --no-peers --rows 1x500 tries it on the CPU.")
         return 1
     try:
@@ -89,14 +89,14 @@ def run(options: argparse.Namespace) -> int:
             device = f"{settings.tensor_parallel_size} x {device}"
         model = options.model + (f"-l{options.layers}" if options.layers else "")
         versions = {"gpu": device, **environment.stack()}
-        path = options.folder / file_name("serving", versions, model)
+        path = options.folder / file_name(SERVING, versions, model)
         make_folder(options.folder)
         commit = tell_conditions(options, versions)
         results = Results(path, versions, options.fresh, commit)
+        return time_variants(variants, settings, results)
     except ValueError as error:
         print(error)
         return 2
-    return time_variants(variants, settings, results)
 
 
 def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, list[Variant]]:

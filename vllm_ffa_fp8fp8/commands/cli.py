@@ -1,42 +1,71 @@
 """The command `ffa-fp8fp8`."""
 
 import argparse
+import importlib
+import sys
+from importlib.util import find_spec
+
+from vllm_ffa_fp8fp8 import environment
 
 DESCRIPTION = (
-    "Checks, shows and times FFA_FP8FP8, an attention backend for vLLM that reads less memory "
+    "Checks, shows and measures FFA_FP8FP8, an attention backend for vLLM that reads less memory "
     "where it decodes over long contexts. `ffa-fp8fp8 COMMAND --help` lists a command's options."
 )
-DOCTOR = "say what this machine has, which path would run, and what is missing"
-DEMO = "ask for codes hidden in a long file, with FFA_FP8FP8 and with vLLM's default backend"
-BENCH_DECODE = "time decode attention beside FlashAttention 3, on a Hopper GPU"
-BENCH_SERVING = "time a whole model's output tokens with FFA_FP8FP8 and with FlashAttention"
-BENCH_KPROJ = (
-    "time one kernel from hidden states to the cache beside vLLM's linear layer and rotary kernel "
-    "and our cache write, on a GPU with FP8"
+BENCH = (
+    "time it beside FlashAttention. What is measured is kept as JSON and reused by later runs of "
+    "the same code on such a GPU with such versions; `ffa-fp8fp8 plot` draws it."
 )
+COMMANDS = {
+    "doctor": "say what this machine has, which path would run, and what is missing",
+    "demo": "ask for codes hidden in a long file, with FFA_FP8FP8 and with vLLM's default backend",
+    "record": "save what a model's attention layers see on your prompts, for `bench layers`",
+    "quality": "compare next-token distributions with the default backend's on your text",
+    "plot": "draw what bench and quality measured",
+}
+"""Each is a module of this folder with `add_arguments(parser)` and `run(options)`."""
+BENCHMARKS = {
+    "layers": "recorded layers of a real model: latency, error and kept fraction of settings",
+    "decode": "decode attention on planted keys beside FlashAttention 3, on a Hopper GPU",
+    "serving": "a whole model's output tokens with FFA_FP8FP8 and with FlashAttention",
+    "kproj": "one kernel from hidden states to the cache beside vLLM's linear layer and rotary "
+    "kernel and our cache write, on a GPU with FP8",
+}
+"""The same, in modules named `bench_...`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from vllm_ffa_fp8fp8 import environment
-    from vllm_ffa_fp8fp8.commands import bench_decode, bench_kproj, bench_serving, demo, doctor
-
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="ffa-fp8fp8", description=DESCRIPTION)
     version = environment.version_of(environment.PROJECT) or "(not installed)"
     parser.add_argument("--version", action="version", version=f"{environment.PROJECT} {version}")
-    names = "doctor|demo|bench-decode|bench-serving|bench-kproj"
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
-    for name, module, description in (
-        ("doctor", doctor, DOCTOR),
-        ("demo", demo, DEMO),
-        ("bench-decode", bench_decode, BENCH_DECODE),
-        ("bench-serving", bench_serving, BENCH_SERVING),
-        ("bench-kproj", bench_kproj, BENCH_KPROJ),
-    ):
-        command = commands.add_parser(name, help=description, description=description)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    commands = add_commands(parser, COMMANDS)
+    bench = commands.add_parser("bench", help="time it beside FlashAttention", description=BENCH)
+    add_commands(bench, BENCHMARKS, "bench_")
+    name, _, benchmark = (arguments or [""])[0].partition("-")
+    if name == "bench" and benchmark in BENCHMARKS:
+        parser.error(f"{arguments[0]} is now: ffa-fp8fp8 bench {benchmark}")
     options = parser.parse_args(arguments)
     return options.run(options)
+
+
+def add_commands(
+    parser: argparse.ArgumentParser, described: dict[str, str], prefix: str = ""
+) -> argparse._SubParsersAction:
+    modules = {name: f"vllm_ffa_fp8fp8.commands.{prefix}{name}" for name in described}
+    modules = {name: module for name, module in modules.items() if find_spec(module)}
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in modules.items():
+        command = commands.add_parser(
+            name, help=described[name], description=sentence(described[name])
+        )
+        module = importlib.import_module(module)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return commands
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 if __name__ == "__main__":

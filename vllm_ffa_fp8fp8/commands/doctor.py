@@ -161,7 +161,7 @@ def check_speed() -> str:
     """What shows how fast the kernels are with an unknown compiler."""
     if environment.find_clone():
         return "`make check-compiled` shows what a Triton makes of the kernels"
-    return "`ffa-fp8fp8 bench-decode --shapes 8x32768` times it here"
+    return "`ffa-fp8fp8 bench decode --shapes 8x32768` times it here"
 
 
 def check_vllm(gpu: GPU | None) -> Iterator[Finding]:

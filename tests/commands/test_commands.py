@@ -1,0 +1,47 @@
+"""The names of commands and what they say of themselves."""
+
+import pytest
+
+from vllm_ffa_fp8fp8 import environment
+from vllm_ffa_fp8fp8.commands import cli
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--help"], "an attention backend for vLLM"),
+        (["--version"], f"vllm-ffa-fp8fp8 {environment.version_of('vllm-ffa-fp8fp8')}"),
+        (["bench", "--help"], "a whole model's output tokens"),
+        (["bench", "decode", "--help"], "merge_rows"),
+        (["bench", "kproj", "--help"], "finish_rows"),
+    ],
+)
+def test_help_and_version(capsys, arguments, words):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ("decode", "serving", "kproj"))
+def test_benchmarks_have_the_same_options_for_what_they_keep(capsys, name):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", name, "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--folder", "--fresh", "--commit"))
+
+
+@pytest.mark.parametrize("name", ("decode", "serving", "kproj"))
+def test_old_spellings_say_the_new_one(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([f"bench-{name}", "--fresh"])
+    assert ended.value.code == 2
+    assert f"bench-{name} is now: ffa-fp8fp8 bench {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["bench", "speed"], ["benchmark"]])
+def test_unknown_commands_are_told(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
