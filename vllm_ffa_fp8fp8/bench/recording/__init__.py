@@ -1,0 +1,1 @@
+"""What a model's attention layers saw on prompts: recorded in vLLM, kept on disk, laid out anew."""
