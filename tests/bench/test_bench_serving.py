@@ -24,7 +24,7 @@ from vllm_ffa_fp8fp8.bench.serving import (
     parse_variant,
 )
 from vllm_ffa_fp8fp8.bench.steering import steer
-from vllm_ffa_fp8fp8.commands import cli, engine_process
+from vllm_ffa_fp8fp8.commands import bench_serving, cli, engine_process
 from vllm_ffa_fp8fp8.environment import GPU
 
 OURS = parse_variant("FFA_FP8FP8={}")
@@ -163,6 +163,25 @@ def test_table_and_notes(results):
     assert "6 of 6 figures come from earlier runs" in " ".join(notes(ENVIRONMENT, cached, SETTINGS))
 
 
+@pytest.mark.parametrize("kept, told", [(None, True), (1.0, True), (0.1, False)])
+def test_a_run_that_skipped_nothing_says_so(tmp_path, kept, told):
+    results = Results(tmp_path / "serving.json", ENVIRONMENT)
+    results.put(OURS, SETTINGS, answer(5.0, kept, rows=[(1, 32_000)]))
+    shown = " ".join(notes(ENVIRONMENT, results.of([OURS], SETTINGS), SETTINGS))
+    assert ("Nothing was skipped by FFA_FP8FP8 at 1 x 32,000" in shown) == told
+
+
+def test_what_is_suggested_for_a_cpu_can_skip(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "find_gpu", lambda: None)
+    bench()
+    suggested = capsys.readouterr().out.split("--model tiny")[1].split(" tries")[0]
+    parser = bench_serving.argparse.ArgumentParser()
+    bench_serving.add_arguments(parser)
+    options = parser.parse_args(["--model", "tiny", *suggested.split()])
+    settings, variants = bench_serving.read_options(options, on_gpu=False)
+    assert settings.kept == 0.1 and len(variants) == 1
+
+
 def test_models_are_whole(tmp_path):
     for name in MODELS:
         config = write_model(name, tmp_path, num_hidden_layers=1)
@@ -195,7 +214,9 @@ def test_a_large_model_needs_a_gpu(monkeypatch, capsys):
         (["--rows", "1x500", "--ffa", "x=1"], "must be a mapping"),
         (["--rows", "1x500", "--ffa", "x=null"], "must be a mapping"),
         (["--rows", "1x500", "--ffa", "={}"], "it has no name"),
-        (["--rows", "1x500", "--folder", "/dev/null"], "cannot be a folder for figures"),
+        (["--rows", "1x500"], "too short for FFA_FP8FP8 to skip anything: min_context is 1,024"),
+        (["--rows", "1x1500", "--ffa", 'x={"min_context": 2000}'], "min_context is 2,000"),
+        (["--rows", "1x1500", "--folder", "/dev/null"], "cannot be a folder for figures"),
     ],
 )
 def test_wrong_arguments_are_told(monkeypatch, capsys, arguments, words):
@@ -216,8 +237,8 @@ def test_a_failed_engine_leaves_the_figures_of_the_others(monkeypatch, tmp_path,
     monkeypatch.setattr(engine_process, "watch", watch)
     arguments = [
         "--rows",
-        "1x512",
-        "8x512",
+        "1x2048",
+        "8x2048",
         "--uncounted",
         "--commit",
         "abc1234",
@@ -226,7 +247,7 @@ def test_a_failed_engine_leaves_the_figures_of_the_others(monkeypatch, tmp_path,
     ]
     assert bench(*arguments) == 1
     shown = capsys.readouterr().out
-    assert "8 x 512" in shown and "5.00" in shown
+    assert "8 x 2,048" in shown and "5.00" in shown
     assert len(jobs) == 4 and jobs[1]["thresholds"] == [1.0, 1.0]
     (file,) = tmp_path.iterdir()
     assert re.fullmatch(r"serving-nvidia-h100-vllm-[\d.]+-triton-.+-llama-3.1-8b.json", file.name)
@@ -247,7 +268,7 @@ def test_names_and_errors_are_shown_as_they_stand(monkeypatch, tmp_path, capsys)
         yield "result", answer(5.0, 0.1, 1.0, job["rows"])
 
     monkeypatch.setattr(engine_process, "run_engine", run_engine)
-    arguments = ["--rows", "1x512", "--ffa", "a[bold]={}", "--uncounted", "--no-peers"]
+    arguments = ["--rows", "1x2048", "--ffa", "a[bold]={}", "--uncounted", "--no-peers"]
     assert bench(*arguments, "--folder", tmp_path) == 1
     shown = capsys.readouterr().out
     assert "a[bold]: timing [red]" in shown and "[/a log]" in shown

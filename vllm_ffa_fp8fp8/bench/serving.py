@@ -39,6 +39,11 @@ class Variant:
         """Whether it counts the blocks that it keeps."""
         return self.options is not None and self.options["record_skip_ratio"]
 
+    @property
+    def min_context(self) -> int:
+        """Tokens from which on FFA_FP8FP8 prunes."""
+        return FFAConfig.load(overrides=self.options).min_context
+
     def uncounted(self) -> "Variant":
         """The same without counting, which steering needs."""
         options = {**self.options, "record_skip_ratio": False}
@@ -234,6 +239,9 @@ def notes(environment: dict[str, str], records: list, settings: Settings) -> lis
             "the threshold in the running engine until so much was kept. Rows of engines named "
             f"'{UNCOUNTED.strip(', ')}' ran at the same threshold without counting."
         )
+    if unskipped := [r for r in records if r["counts"] and r["kept"] in (None, 1)]:
+        where = ", ".join(f"{r['variant']} at {r['batch']} x {r['tokens']:,}" for r in unskipped)
+        result.append(f"Nothing was skipped by {where}: `exact` is faster there.")
     cached = sum(record["cached"] for record in records)
     if cached:
         result.append(f"{CACHED} {cached} of {len(records)} figures come from earlier runs.")

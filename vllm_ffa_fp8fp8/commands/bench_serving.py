@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     on_gpu = gpu is not None and not environment.is_cpu_build()
     if not on_gpu and options.model != "tiny":
         print("bench serving times a large model on an NVIDIA GPU, which this machine or this")
-        print("build of vLLM lacks; --model tiny --no-peers --rows 1x500 tries it on the CPU.")
+        print("build of vLLM lacks; --model tiny --no-peers --rows 1x1500 tries it on the CPU.")
         return 1
     try:
         settings, variants = read_options(options, on_gpu)
@@ -126,6 +126,8 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
         variants += [variant.uncounted() for variant in variants]
     if not options.no_peers:
         variants += PEERS
+    if options.kept < 1:
+        check_lengths(shapes, variants)
     settings = Settings(
         model=options.model,
         rows=tuple((shape.batch, shape.seq_len) for shape in shapes),
@@ -138,6 +140,18 @@ def read_options(options: argparse.Namespace, on_gpu: bool) -> tuple[Settings, l
         tensor_parallel_size=options.tensor_parallel_size,
     )
     return settings, variants
+
+
+def check_lengths(shapes: list[Shape], variants: list[Variant]) -> None:
+    """Raises ValueError where a wanted fraction cannot be kept, since nothing is pruned."""
+    for variant in variants:
+        for shape in shapes:
+            if variant.options is not None and shape.seq_len < variant.min_context:
+                raise ValueError(
+                    f"{shape} is too short for {variant.name} to skip anything: min_context is "
+                    f"{variant.min_context:,} tokens. Give longer --rows, or --kept 1, or a "
+                    """variant such as --ffa 'all={"min_context": 0}'"""
+                )
 
 
 def time_variants(variants: list[Variant], settings: Settings, results: Results) -> int:
