@@ -221,7 +221,11 @@ def decode_attention_reference(
             result[head] = torch.softmax(scores, dim=-1) @ chosen_value
         output[new] = result.unflatten(1, (query_len, -1)).transpose(0, 1).flatten(1, 2)
         if counters is not None:
-            counters += torch.tensor([int(keep.sum()), keep.numel()], device=counters.device)
+            if seq_len < min_context:
+                counters[:, 2] += num_blocks
+            else:
+                counters[:, 0] += keep.sum(1)
+                counters[:, 1] += num_blocks
     return output, kept_blocks
 
 

@@ -67,7 +67,8 @@ def decode_attention(
         precomputed_threshold: a tensor: thresholds, float32 `[num_tokens, num_heads]`,
             contiguous, log2 units, in use where `delta` is finite and the request not shorter than
             `min_context`; True: compute them in a kernel of their own; False: in every program.
-        counters: int64 `[2]`, to which kept and all blocks are added.
+        counters: int64 `[num_kv_heads, 3]`, contiguous, to which are added: kept and all blocks of
+            requests that have `min_context` tokens, and blocks of shorter ones, which are all kept.
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
             launch, from compute capability 9.0 on; no effect elsewhere, nor where nothing is
             pruned and a program has a multiprocessor for itself). That kernel may write all that
@@ -89,6 +90,7 @@ def decode_attention(
     assert num_heads % num_kv_heads == 0 and rows <= MAX_QUERY_ROWS
     assert (num_heads, num_kv_heads) == (limits.num_heads, limits.num_kv_heads)
     assert delta is None or delta.shape[0] in (1, num_reqs)
+    assert counters is None or (counters.shape == (num_kv_heads, 3) and counters.is_contiguous())
     assert block_table.stride(1) == 1 and planes.page_size % ANCHOR_TOKENS.value == 0
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
     # Hopper adds E4M3 products to 14 bits: enough for bfloat16, not for float16

@@ -82,7 +82,9 @@ def attn_forward_decode_fp8fp8(
     if precomputed_threshold is not None:
         threshold = precomputed_threshold.float().contiguous()
     output = torch.empty(batch, num_heads, head_size, dtype=q.dtype, device=device)
-    counters = torch.zeros(2, dtype=torch.int64, device=device) if return_skip_ratio else None
+    counters = None
+    if return_skip_ratio:
+        counters = torch.zeros(num_kv_heads, 3, dtype=torch.int64, device=device)
     decode_attention(
         q[:, 0],
         planes,
@@ -98,7 +100,7 @@ def attn_forward_decode_fp8fp8(
     )
     if counters is None:
         return output
-    kept, total = counters.tolist()
+    kept, total, _ = counters.sum(0).tolist()
     return output, 1.0 - kept / total
 
 

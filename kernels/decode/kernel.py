@@ -163,8 +163,12 @@ def decode_kernel(
             tl.debug_barrier()  # before the next chunk's scores take their place
 
     if counters_ptr is not None:
-        tl.atomic_add(counters_ptr, total_kept.to(tl.int64))
-        tl.atomic_add(counters_ptr + 1, num_blocks.to(tl.int64))
+        counters_ptr += kv_head * 3
+        if seq_len < min_context:
+            tl.atomic_add(counters_ptr + 2, num_blocks.to(tl.int64))
+        else:
+            tl.atomic_add(counters_ptr, total_kept.to(tl.int64))
+            tl.atomic_add(counters_ptr + 1, num_blocks.to(tl.int64))
     row_sum = tl.sum(weight_sums, axis=0)
     result = tl.trans(narrow(accumulator, HEAD_SIZE_PADDED, ROWS_PADDED))
     result /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

@@ -68,6 +68,7 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
     options = FFAConfig.load("balanced", engine.options, num_layers=1)
+    counters = torch.zeros(engine.num_kv_heads, 3, dtype=torch.int64)
     impl = SimpleNamespace(
         num_heads=engine.num_heads,
         num_kv_heads=engine.num_kv_heads,
@@ -75,7 +76,7 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
         scale=0.125,
         config=options,
         vllm_config=config,
-        counters=torch.zeros(2, dtype=torch.int64) if options.record_skip_ratio else None,
+        counters=counters if options.record_skip_ratio else None,
         layout=PageLayout(
             HEAD_SIZE,
             engine.dtype,

@@ -2,7 +2,7 @@
 
 Job: `llm` (arguments of `LLM`), `batches` (lists of prompts, each a text or token ids, submitted
 together) and `sampling` (arguments of `SamplingParams`). Result: `batches` (lists of answers),
-`skips` (one count a batch, empty for other backends), `decode_query_lens` (of the steps of
+`skips` (one count a batch, empty where nothing counts), `decode_query_lens` (of the steps of
 FFA_FP8FP8 that decode), `decode_steps` (of the same steps the query tokens of each decode, and of
 each prefill beside them) and `facts` about the worker.
 """
@@ -20,13 +20,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     query_lens, steps = record_decodes()
     llm.collective_rpc(count_projections)
     sampling = SamplingParams(temperature=0, logprobs=4, **job["sampling"])
-    counts_skips = "worker_extension_cls" in job["llm"]
+    options = job["llm"].get("additional_config", {}).get("ffa_fp8fp8", {})
+    counts_skips = options.get("record_skip_ratio", False)
     batches, skips = [], []
     for prompts in job["batches"]:
         outputs = llm.generate(list(map(as_prompt, prompts)), sampling, use_tqdm=False)
         batches.append(list(map(as_answer, outputs)))
         if counts_skips:
-            skips.append(llm.collective_rpc("ffa_skip_stats")[0])
+            skips.append(llm.collective_rpc("ffa_skip_stats", kwargs={"by_head": True})[0])
     facts = llm.collective_rpc(worker_facts)[0]
     if "speculative_config" in job["llm"]:
         accepted = "vllm:spec_decode_num_accepted_tokens"

@@ -114,13 +114,14 @@ def test_pruning_hard_is_less_exact(pruned_hard, exact_run):
 
 def test_min_context_leaves_short_requests_unpruned(pruned_hard):
     short, long = pruned_hard.skips
-    assert short["kept_blocks"] == short["total_blocks"]
-    assert long["kept_blocks"] < long["total_blocks"]
+    assert short["kept_blocks"] == short["total_blocks"] == 0 < short["short_blocks"]
+    assert long["kept_blocks"] < long["total_blocks"] and long["short_blocks"] == 0
 
 
 def test_block_size_counts(pruned_hard):
-    for prompt_len, counts in zip((1400, 1600), pruned_hard.skips, strict=True):
-        assert counts["total_blocks"] == decoded_blocks(prompt_len, 16, block_size=32)
+    short, long = pruned_hard.skips
+    assert short["short_blocks"] == decoded_blocks(1400, 16, block_size=32)
+    assert long["total_blocks"] == decoded_blocks(1600, 16, block_size=32)
 
 
 def test_dense_layers_keep_every_block(pruned_hard):
@@ -128,6 +129,12 @@ def test_dense_layers_keep_every_block(pruned_hard):
     assert counts["dense_layers"] == 2
     dense = counts["total_blocks"] / 2
     assert dense < counts["kept_blocks"] < dense * 1.8
+    assert [layer["layer"] for layer in counts["layers"]] == list(range(LAYERS))
+    for layer in counts["layers"]:
+        for head in layer["heads"]:
+            assert head["total_blocks"] == dense / (LAYERS / 2) / KV_HEADS
+            is_dense = layer["layer"] in (0, LAYERS - 1)
+            assert (head["kept_blocks"] == head["total_blocks"]) == is_dense
 
 
 def test_no_residual_makes_the_page_smaller(pruned_hard):

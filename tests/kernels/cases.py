@@ -159,7 +159,7 @@ def poisoned_scratch(limits: DecodeLimits, device: str) -> DecodeScratch:
 
 def run_decode(
     batch: Batch, device: str, delta: torch.Tensor | None, limits=None, **options
-) -> tuple[torch.Tensor, list[int]]:
+) -> tuple[torch.Tensor, list[list[int]]]:
     """Runs the kernels on the batch; what they may not rely on is poison.
 
     Returns the output and the counters. The plan's arrivals must be zeros again.
@@ -171,7 +171,7 @@ def run_decode(
     dtype = query.dtype if device == "cuda" else torch.float32  # interpreted casts truncate
     output = torch.full(query.shape, math.nan, dtype=dtype, device=device)
     plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
-    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    counters = torch.zeros(case.num_kv_heads, 3, dtype=torch.int64, device=device)
     decode_attention(
         query,
         batch.planes(device),
@@ -187,6 +187,18 @@ def run_decode(
     )
     assert not plan.arrivals.any()
     return output.to("cpu", case.dtype), counters.tolist()
+
+
+def count_kept(batch: Batch, kept: list[torch.Tensor], min_context: int = 0) -> list[list[int]]:
+    """The counters of a run that kept such blocks, by request bool `[num_kv_heads, num_blocks]`."""
+    counts = torch.zeros(batch.case.num_kv_heads, 3, dtype=torch.int64)
+    for flags, seq_len in zip(kept, batch.seq_lens.tolist(), strict=True):
+        if seq_len < min_context:
+            counts[:, 2] += flags.shape[1]
+        else:
+            counts[:, 0] += flags.sum(1)
+            counts[:, 1] += flags.shape[1]
+    return counts.tolist()
 
 
 def probe_kept(batch: Batch, device: str, delta, **options) -> list[torch.Tensor]:

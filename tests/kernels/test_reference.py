@@ -146,9 +146,12 @@ def thresholds_of_rows(batch) -> list[torch.Tensor]:
 
 def test_counters():
     batch = make_batch(Case((200, 500), block_size=16))
-    counters = torch.zeros(2, dtype=torch.int64)
-    _, kept = reference(batch, choose_delta(batch), counters=counters)
-    assert counters.tolist() == [sum(int(k.sum()) for k in kept), 2 * (13 + 32)]
+    counters, of_short = torch.zeros(2, 2, 3, dtype=torch.int64)
+    _, (short, long) = reference(batch, choose_delta(batch), counters=counters)
+    kept = [int(short[head].sum() + long[head].sum()) for head in range(2)]
+    assert counters.tolist() == [[kept[0], 13 + 32, 0], [kept[1], 13 + 32, 0]]
+    reference(batch, choose_delta(batch), counters=of_short, min_context=201)
+    assert of_short.tolist() == [[int(long[head].sum()), 32, 13] for head in range(2)]
 
 
 def test_min_context_and_infinity_keep_everything():

@@ -1,6 +1,7 @@
 """What backend, metadata, ops and layers have to agree on: options, page, block, query tokens."""
 
 import math
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -69,14 +70,19 @@ def preferred_page_size(vllm_config) -> int:
 
 def layer_impls(vllm_config) -> list:
     """The impls of all layers with this backend, of the model and of one that drafts for it."""
+    return list(named_impls(vllm_config).values())
+
+
+def named_impls(vllm_config) -> dict[str, Any]:
+    """`layer_impls` by the names of their layers."""
     # a copy: threads ask while layers of a model that drafts are made
-    layers = list(vllm_config.compilation_config.static_forward_context.values())
-    return [
-        layer.impl
-        for layer in layers
+    layers = dict(vllm_config.compilation_config.static_forward_context)
+    return {
+        name: layer.impl
+        for name, layer in layers.items()
         if hasattr(layer, "get_attn_backend")
         and layer.get_attn_backend().get_name() == BACKEND_NAME
-    ]
+    }
 
 
 def decode_query_len(vllm_config) -> int:

@@ -57,10 +57,10 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             from vllm_ffa_fp8fp8.attention.cpu_ops import CpuOps as Ops
         self.ops = Ops(self, vllm_config)
         self.is_dense: bool | None = None
-        self.counters: torch.Tensor | None = None  # int64 [2]: kept and all blocks
+        self.counters: torch.Tensor | None = None  # int64 [num_kv_heads, 3], of `decode_attention`
         if self.config.record_skip_ratio:
             device = current_platform.device_type
-            self.counters = torch.zeros(2, dtype=torch.int64, device=device)
+            self.counters = torch.zeros(self.num_kv_heads, 3, dtype=torch.int64, device=device)
         self.fused_qkv: FusedQKV | None = None
         self.attention: torch.nn.Module | None = None  # the module that holds this layer
         self.is_loaded = False

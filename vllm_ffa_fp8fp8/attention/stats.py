@@ -1,36 +1,80 @@
 """What the layers counted, read through vLLM's `worker_extension_cls` and `collective_rpc`."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_ffa_fp8fp8.attention.geometry import layer_impls
+from vllm_ffa_fp8fp8.attention.geometry import named_impls
+
+COUNTS = ("kept_blocks", "total_blocks", "short_blocks")
+"""Kept and all blocks of requests that may be pruned, and blocks of those below `min_context`,
+which are all read: the columns of a layer's counters."""
 
 
 class WorkerExtension:
     """`LLM(..., worker_extension_cls="vllm_ffa_fp8fp8.stats.WorkerExtension")`."""
 
     @torch.inference_mode()  # where vLLM makes layers in it, counters can be changed nowhere else
-    def ffa_skip_stats(self, reset: bool = True) -> dict[str, Any]:
-        """Counts of this worker since the last reset, over all decode steps and layers.
+    def ffa_skip_stats(self, reset: bool = True, by_head: bool = False) -> dict[str, Any]:
+        """Counts of this worker since the last reset, over all decode steps.
 
-        `kept_blocks` and `total_blocks` are blocks times KV heads, and 0 unless the option
-        `record_skip_ratio` is on. `cache_bytes_per_token` covers all layers and KV heads.
+        Blocks are counted once a KV head and layer. `kept_blocks` and `total_blocks` are those of
+        requests of `min_context` tokens or more, `short_blocks` those of shorter ones, which are
+        all read. `layers` has the same for each layer, by its index `layer`, and, with `by_head`,
+        lists of `heads`: this worker's KV heads. `cache_bytes_per_token` covers all layers and KV
+        heads of this worker.
+
+        Raises ValueError where FFA_FP8FP8 runs without `record_skip_ratio`, or not at all.
         """
-        impls = layer_impls(self.vllm_config)
-        kept = total = 0
-        for impl in impls:
-            if impl.counters is not None:
-                layer_kept, layer_total = impl.counters.tolist()
-                kept, total = kept + layer_kept, total + layer_total
-                if reset:
-                    impl.counters.zero_()
-        return {
-            "kept_blocks": kept,
-            "total_blocks": total,
+        impls = named_impls(self.vllm_config)
+        if not impls:
+            raise ValueError("no layer runs with FFA_FP8FP8: there is nothing to count")
+        if any(impl.counters is None for impl in impls.values()):
+            raise ValueError(
+                "nothing was counted: set FFA_FP8FP8's option record_skip_ratio to true, as in "
+                """--additional-config '{"ffa_fp8fp8": {"record_skip_ratio": true}}'"""
+            )
+        layers = []
+        for name, impl in impls.items():
+            counters = impl.counters.cpu()
+            layer = {"layer": extract_layer_index(name)} | _counts(counters.sum(0))
+            if by_head:
+                layer["heads"] = list(map(_counts, counters))
+            layers.append(layer)
+            if reset:
+                impl.counters.zero_()
+        return {name: sum(layer[name] for layer in layers) for name in COUNTS} | {
+            "layers": layers,
             "cache_bytes_per_token": sum(
-                impl.layout.bytes_per_token * impl.num_kv_heads for impl in impls
+                impl.layout.bytes_per_token * impl.num_kv_heads for impl in impls.values()
             ),
             "backend_layers": len(impls),
-            "dense_layers": sum(bool(impl.is_dense) for impl in impls),
+            "dense_layers": sum(bool(impl.is_dense) for impl in impls.values()),
         }
+
+
+def sum_skip_stats(workers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`ffa_skip_stats` of all workers as one, of `by_head` the heads of all, worker by worker, and
+    the fraction `kept` beside every count: None where no request may be pruned."""
+    workers = list(workers)
+    layers: dict[int, dict[str, Any]] = {}
+    for layer in (layer for worker in workers for layer in worker["layers"]):
+        index = layer["layer"]
+        known = layers.setdefault(index, {"layer": index} | dict.fromkeys(COUNTS, 0))
+        known |= {name: known[name] + layer[name] for name in COUNTS}
+        if "heads" in layer:
+            known["heads"] = known.get("heads", []) + list(map(_with_kept, layer["heads"]))
+    names = (*COUNTS, "cache_bytes_per_token")
+    total = {name: sum(worker[name] for worker in workers) for name in names}
+    return _with_kept(total) | {"layers": [_with_kept(layers[index]) for index in sorted(layers)]}
+
+
+def _counts(row: torch.Tensor) -> dict[str, int]:
+    return dict(zip(COUNTS, row.tolist(), strict=True))
+
+
+def _with_kept(counts: Mapping[str, Any]) -> dict[str, Any]:
+    total = counts["total_blocks"]
+    return {**counts, "kept": counts["kept_blocks"] / total if total else None}

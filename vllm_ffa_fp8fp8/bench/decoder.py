@@ -76,7 +76,8 @@ class Decoder:
         if self.device.type == "cpu":
             dtype = torch.float32  # interpreted casts truncate
         output = torch.full(inputs.query.shape, float("nan"), dtype=dtype, device=self.device)
-        counters = torch.zeros(2, dtype=torch.int64, device=self.device)
+        num_kv_heads = self.shape.geometry.num_kv_heads
+        counters = torch.zeros(num_kv_heads, 3, dtype=torch.int64, device=self.device)
         self.launch(inputs, planes, output, counters)
         some = slice(0, CHECKED_REQUESTS)
         expected, _ = decode_attention_reference(
@@ -84,8 +85,8 @@ class Decoder:
             block_size=self.shape.geometry.page_size, scale=self.scale, delta=self.delta,
         )  # fmt: skip
         error = relative_error(output[some], expected)
-        kept, total = counters.tolist()
-        every = self.shape.batch * self.shape.geometry.num_kv_heads * self.shape.pages
+        kept, total, _ = counters.sum(0).tolist()
+        every = self.shape.batch * num_kv_heads * self.shape.pages
         wanted = (inputs.num_kept if self.delta is not None else every, every)
         if not (output.isfinite().all() and error < TOLERANCE and (kept, total) == wanted):
             raise CheckFailed(f"{self.shape}: error {error:.1e}, {kept} of {total} blocks kept")

@@ -36,7 +36,10 @@ def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:
         "cache_bytes_per_token": dense_bytes_per_token(llm),
     }
     if records_skips:
-        result |= summed_skip_stats(llm.collective_rpc("ffa_skip_stats"))
+        from vllm_ffa_fp8fp8.attention.stats import sum_skip_stats
+
+        stats = sum_skip_stats(llm.collective_rpc("ffa_skip_stats"))
+        result |= {name: stats[name] for name in ("kept", "cache_bytes_per_token")}
     return result
 
 
@@ -46,11 +49,3 @@ def dense_bytes_per_token(llm: Any) -> int:
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
     return 2 * model.get_num_layers(parallel) * heads * model.get_head_size() * model.dtype.itemsize
-
-
-def summed_skip_stats(workers: list[dict[str, int]]) -> dict[str, Any]:
-    kept, total, size = (
-        sum(worker[name] for worker in workers)
-        for name in ("kept_blocks", "total_blocks", "cache_bytes_per_token")
-    )
-    return {"kept": kept / total if total else None, "cache_bytes_per_token": size}

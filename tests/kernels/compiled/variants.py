@@ -92,7 +92,7 @@ class DecodeCall:
             query_len=case.query_len,
             min_context=1024,
             precomputed_threshold=given,
-            counters=torch.zeros(2, dtype=torch.int64) if self.counts else None,
+            counters=torch.zeros(case.num_kv_heads, 3).long() if self.counts else None,
             launch_pdl=True,
         )
 

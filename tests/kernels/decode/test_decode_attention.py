@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, make_batch, probe_kept, run_decode
+from cases import Case, count_kept, make_batch, probe_kept, run_decode
 from truth import (
     assert_kept,
     assert_within_budget,
@@ -21,11 +21,12 @@ from vllm_ffa_fp8fp8.kernels.decode.tuning import DEFAULT
 HALF, BFLOAT = torch.float16, torch.bfloat16
 
 
-def check(batch, device: str, delta, **options) -> tuple[torch.Tensor, list[int]]:
+def check(batch, device: str, delta, **options) -> tuple[torch.Tensor, list[list[int]]]:
     """Output and counters against the oracle; returns them."""
     output, counters = run_decode(batch, device, delta, **options)
-    exact, kept = reference(batch, delta, min_context=options.get("min_context", 0))
-    assert counters == [sum(int(k.sum()) for k in kept), sum(k.numel() for k in kept)]
+    min_context = options.get("min_context", 0)
+    exact, kept = reference(batch, delta, min_context=min_context)
+    assert counters == count_kept(batch, kept, min_context)
     assert_within_budget(output, exact, plain_attention(batch, kept))
     return output, counters
 
@@ -55,8 +56,8 @@ def test_shapes(device, head_size, group, num_kv_heads, dtype, page_size, block_
     case = Case(lengths, head_size, group, num_kv_heads, dtype, page_size, block_size)
     batch = make_batch(longer(case, device))
     delta = choose_delta(batch)
-    output, (kept, total) = check(batch, device, delta)
-    assert 0 < kept < total
+    output, counters = check(batch, device, delta)
+    assert all(0 < kept < total and short == 0 for kept, total, short in counters)
     assert_kept(batch, probe_kept(batch, device, delta), delta)
     dense, everything = reference(batch, None)
     with pytest.raises(AssertionError):
@@ -152,7 +153,10 @@ def test_min_context(device, precomputed):
     batch = make_batch(Case((100, 150, 149), block_size=16, num_kv_heads=1))
     delta = choose_delta(batch)
     options = {"min_context": 150, "precomputed_threshold": precomputed}
-    check(batch, device, delta, **options)
+    _, ((kept, total, short),) = check(batch, device, delta, **options)
+    assert 0 < kept < total == 10 and short == 7 + 10
+    _, counters = check(batch, device, None, min_context=150)
+    assert counters == [[10, 10, 17]]
     kept = probe_kept(batch, device, delta, **options)
     assert [bool(k.all()) for k in kept] == [True, False, True]
 
