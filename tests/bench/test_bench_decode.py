@@ -183,6 +183,30 @@ def test_what_runs_ahead_is_timed_with_the_peers_too(tmp_path):
     assert len(rows) == 1 and rows[0].split("|")[-3].strip() == "3.00"
 
 
+def test_planted_scores_take_settings_or_kept_fractions(tmp_path, capsys):
+    arguments = ["--shapes", "8x32768", "--planted", "sink", "needle"]
+    cells = wanted(*arguments)
+    assert [c.setting for c in cells if c.series == OURS] == ["delta=10.0", "delta=5.0"] * 2
+    assert {c.planted for c in cells if c.series == FA3_FP8} == {"sink", "needle"}
+    cells += wanted(*arguments, "--kept", "0.1", "--delta", "2")
+    ours = [c for c in cells if c.series == OURS][4:]
+    assert [(c.setting, c.kept) for c in ours[:2]] == [("delta=2.0", 1.0), ("", 0.1)]
+    store = Store(tmp_path, ENVIRONMENT)
+    for cell in cells:
+        found = 3.5 if cell.series == OURS and not cell.setting else None
+        figure = dataclasses.replace(fake_figure(cell), exact_error=0.125, delta=found)
+        store.put(cell, figure)
+    store.save(MAIN)
+    ((_, figures),) = read_figures([store.path(MAIN)])
+    assert set(figures) == set(cells)
+    assert all(figures[c].delta == (None if c.setting else 3.5) for c in ours)
+    assert bench("--report", store.path(MAIN)) == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    (row,) = (r for r in rows if r.startswith("| needle | 8 x 32,768 | delta=3.50 for 0.1 |"))
+    assert row.count("| 1.2e-01 |") == 3 and "Errors of planted scores" in " ".join(rows)
+    assert {verdict.word for verdict in judge(figures)} == {"not measured"}
+
+
 def test_other_geometries_are_compared_with_the_main_one():
     figures = fake_figures(bar_cells(["auto"]))
     narrow = Cell(Shape(Geometry(head_size=64), 8, 32_768), OURS, kept=0.1)
@@ -257,6 +281,10 @@ def parse(arguments):
     parser = bench_decode.argparse.ArgumentParser()
     bench_decode.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def wanted(*arguments):
+    return bench_decode.wanted_cells(parse(list(arguments)), ["auto"], peers=True)
 
 
 def bench(*arguments) -> int:
@@ -424,6 +452,10 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, gpu, words):
         (["--heads", "40:1"], "1 to 16 query heads share a KV head, not 40"),
         (["--head-sizes", "100"], "multiples of 16 up to 256, not 100"),
         (["--page-size", "0"], "16, 32, 64, 128 tokens, not 0"),
+        (["--delta", "5"], "settings are for --planted"),
+        (["--planted", "sink", "--hot", "newest"], "for hot blocks, not for --planted"),
+        (["--planted", "sink", "--setting", "block_size=128"], "need pages of as many"),
+        (["--planted", "sink", "--shapes", "1x100"], "too short to plant scores in: 512 tokens"),
     ],
 )
 def test_wrong_arguments(arguments, words):

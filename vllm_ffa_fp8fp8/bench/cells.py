@@ -1,10 +1,11 @@
 """What is timed, and what came out: plain data, which needs neither a GPU nor torch."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from vllm_ffa_fp8fp8.config import BLOCK_SIZES
+from vllm_ffa_fp8fp8.config import BLOCK_SIZES, FFAConfig
 
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
 PEERS = {FA3_BF16: 4, FA3_FP8: 2}
@@ -19,6 +20,11 @@ HOT = (SPREAD, NEWEST, UNEVEN)
 """Where hot blocks are planted: anywhere; one after another at the end of the context; or anywhere,
 but half of a request's KV heads have twice as many and the others none, as about half of the heads
 of a GQA model attend to the first and last tokens alone (https://arxiv.org/abs/2410.10819)."""
+SINK, OFFSET = "sink", "offset"
+PLANTED = (
+    SINK, "needle", "local", "heads", OFFSET, "lognormal-1", "lognormal-2", "lognormal-3",
+)  # fmt: skip
+"""Distributions of scores, see bench/planted.py."""
 NOTHING, WRITE = "nothing", "write"
 AHEAD = (NOTHING, WRITE)
 """What is timed with attention, ahead of it: nothing, or the write of the newest tokens' keys and
@@ -114,6 +120,9 @@ class Cell:
         tuning: changes to the launch parameters, `name=value,...`.
         hot: spread, newest or uneven; see `HOT`.
         ahead: nothing or write; see `AHEAD`.
+        planted: the distribution of the scores, see `bench/planted.py`; empty for hot blocks.
+        setting: options for planted scores, see `describe`; empty to search for the delta that
+            keeps `kept`.
     """
 
     shape: Shape
@@ -123,21 +132,45 @@ class Cell:
     tuning: str = ""
     hot: str = SPREAD
     ahead: str = NOTHING
+    planted: str = ""
+    setting: str = ""
 
     @property
     def is_variant(self) -> bool:
         """Whether it is shown beside the figure that counts."""
-        return bool(self.tuning) or self.hot != SPREAD or self.ahead != NOTHING
+        varied = self.tuning or self.planted
+        return bool(varied) or self.hot != SPREAD or self.ahead != NOTHING
+
+    @property
+    def config(self) -> FFAConfig:
+        """The options of planted scores."""
+        pairs = (item.partition("=") for item in self.setting.split(",") if item)
+        options = {name: json.loads(value) for name, _, value in pairs}
+        return FFAConfig(**{"v_cache_dtype": self.value_dtype} | options)
 
     def peer(self, series: str) -> "Cell":
         """The cell of another kernel that this one is compared with."""
-        return Cell(self.shape, series, ahead=self.ahead)
+        return Cell(self.shape, series, ahead=self.ahead, planted=self.planted)
 
     def floor_bytes(self, kept: float) -> float:
         """The least that it reads when a fraction of `kept` is kept."""
         if self.series in FIXED:
             return self.shape.elements * FIXED[self.series]
-        return self.shape.floor_bytes(kept, VALUE_BYTES[self.value_dtype])
+        kept_bytes = VALUE_BYTES[self.value_dtype] - (not self.config.use_fp8_residual)
+        return self.shape.floor_bytes(kept, kept_bytes)
+
+
+NOT_OF_DECODE = ("dense_layers", "min_context", "record_skip_ratio", "fused_kproj")
+
+
+def describe(config: FFAConfig) -> str:
+    """`delta=10.0,block_size=16`: the options of one launch, delta and what is not the default."""
+    defaults = FFAConfig().to_dict()
+    return ",".join(
+        f"{name}={json.dumps(value)}"
+        for name, value in config.to_dict().items()
+        if name == "delta" or (name not in NOT_OF_DECODE and value != defaults[name])
+    )
 
 
 @dataclass(frozen=True)
@@ -148,10 +181,12 @@ class Figure:
         us: median microseconds of one launch.
         floor_us: microseconds to read the floor's bytes at the bandwidth measured in that run.
         kept: fraction of the blocks that was kept, as counted on the device.
-        error: relative error against the float32 reference.
+        error: relative error against the float32 reference of what was asked for.
         code: fingerprint of the code that was timed.
         commit: what git calls that code; empty where nobody said.
         cached: whether it comes from an earlier run.
+        exact_error: of planted scores: relative error against attention to everything, float64.
+        delta: of planted scores: what was found to keep the wanted fraction.
     """
 
     us: float
@@ -161,6 +196,8 @@ class Figure:
     code: str
     commit: str = field(default="", compare=False)
     cached: bool = field(default=False, compare=False)
+    exact_error: float | None = None
+    delta: float | None = None
 
     @property
     def floor_fraction(self) -> float:
@@ -200,3 +237,26 @@ def plan_cells(
         if peers:
             cells += [Cell(shape, peer, ahead=before) for before in ahead for peer in PEERS]
     return cells
+
+
+def plan_planted(
+    shapes: list[Shape],
+    planted: Sequence[str],
+    settings: Sequence[FFAConfig],
+    kept_fractions: Sequence[float],
+    value_dtypes: Sequence[str],
+    peers: bool = True,
+) -> list[Cell]:
+    """Cells of planted scores: each setting, and each fraction that is to be searched for."""
+    cells = []
+    for shape, name in product(shapes, planted):
+        cells += [
+            Cell(shape, OURS, config.v_cache_dtype, planted=name, setting=describe(config))
+            for config in settings
+        ]
+        cells += [
+            Cell(shape, OURS, value_dtype, kept, planted=name)
+            for kept, value_dtype in product(kept_fractions, value_dtypes)
+        ]
+        cells += [Cell(shape, peer, planted=name) for peer in PEERS if peers]
+    return list(dict.fromkeys(cells))

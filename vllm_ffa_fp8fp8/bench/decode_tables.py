@@ -61,7 +61,7 @@ def row_head(cell: Cell, figures: Figures) -> tuple[str, str]:
 
 def our_cells(source: Source, hot: str = SPREAD, ahead: str = NOTHING) -> list[Cell]:
     """Cells of the main geometry with 16-bit V, `exact` after the others of its shape."""
-    wanted = {"value_dtype": "auto", "tuning": "", "hot": hot, "ahead": ahead}
+    wanted = {"value_dtype": "auto", "tuning": "", "hot": hot, "ahead": ahead, "planted": ""}
     return sorted(
         (
             cell

@@ -7,7 +7,9 @@ import torch
 
 from vllm_ffa_fp8fp8.bench.cells import Shape
 from vllm_ffa_fp8fp8.bench.inputs import DELTA, Inputs
+from vllm_ffa_fp8fp8.bench.steering import steer
 from vllm_ffa_fp8fp8.bench.timing import time_graph
+from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.decode.attention import decode_attention
@@ -23,13 +25,14 @@ class CheckFailed(Exception):
 
 
 class Decoder:
-    """Decode attention with pages as blocks.
+    """Decode attention.
 
     Args:
         prune: with `DELTA`; without it every block is kept, as in the preset `exact`.
         tuning: fields of `DecodeTuning` to change.
         value_dtype: of the cached values.
         write: write the newest tokens to the cache before each launch, as a layer does.
+        config: options of a launch; without it pages are blocks and `DELTA` is delta.
     """
 
     def __init__(
@@ -40,17 +43,20 @@ class Decoder:
         device: str = "cuda",
         value_dtype: torch.dtype = torch.bfloat16,
         write: bool = False,
+        config: FFAConfig | None = None,
     ):
         self.shape, self.device, self.write = shape, torch.device(device), write
+        self.config = config or FFAConfig(delta=DELTA)
         geometry = shape.geometry
+        self.block_size = self.config.block_size or geometry.page_size
         limits = DecodeLimits.on_device(
             self.device, num_reqs=shape.batch, seq_len=shape.seq_len,
             num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
-            head_size=geometry.head_size, block_size=geometry.page_size,
+            head_size=geometry.head_size, block_size=self.block_size,
             prunes=prune, value_dtype=value_dtype,
         )  # fmt: skip
         limits = replace(limits, tuning=replace(limits.tuning_of(shape.batch), **tuning))
-        self.delta = torch.tensor([DELTA], device=self.device) if prune else None
+        self.delta = torch.tensor([self.config.delta], device=self.device) if prune else None
         self.scratch = DecodeScratch.allocate(limits, self.device)
         seq_lens = torch.full((shape.batch,), shape.seq_len, dtype=torch.int32, device=self.device)
         self.plan = DecodePlan.allocate(limits, self.device).update(seq_lens)
@@ -63,15 +69,11 @@ class Decoder:
         decode_attention(
             inputs.query, planes, inputs.block_table, inputs.seq_lens, self.plan, self.scratch,
             output, scale=self.scale, delta=self.delta, counters=counters,
-            launch_pdl=True,
+            precomputed_threshold=self.config.precomputed_threshold, launch_pdl=True,
         )  # fmt: skip
 
-    def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:
-        """Relative error against the reference on the first requests, and the kept fraction.
-
-        Raises CheckFailed where their output is wrong, any is not finite, or other blocks are kept
-        than were planted.
-        """
+    def run(self, inputs: Inputs, planes: KVPlanes) -> tuple[torch.Tensor, int, int]:
+        """The output, like the query, and kept and all blocks, counted by KV head."""
         dtype = inputs.query.dtype
         if self.device.type == "cpu":
             dtype = torch.float32  # interpreted casts truncate
@@ -79,16 +81,44 @@ class Decoder:
         num_kv_heads = self.shape.geometry.num_kv_heads
         counters = torch.zeros(num_kv_heads, 3, dtype=torch.int64, device=self.device)
         self.launch(inputs, planes, output, counters)
+        kept, total, _ = counters.sum(0).tolist()
+        return output, kept, total
+
+    def search(self, inputs: Inputs, planes: KVPlanes, kept: float) -> float:
+        """Sets delta so that a fraction near `kept` is kept, and returns it, log2 units; below 0
+        it stands for a threshold above the first and last tokens, which no option gives."""
+
+        def measure(over_anchors: float) -> float:
+            self.delta.fill_(-over_anchors)
+            _, found, total = self.run(inputs, planes)
+            return found / total
+
+        threshold, _ = steer(measure, kept, tolerance=kept / 50, most_probes=24)
+        self.delta.fill_(-threshold)
+        return -threshold
+
+    def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:
+        """Relative error against the reference on the first requests, and the kept fraction.
+
+        Raises CheckFailed where their output is wrong, any is not finite, or other blocks are kept
+        than were planted.
+        """
+        output, kept, total = self.run(inputs, planes)
         some = slice(0, CHECKED_REQUESTS)
         expected, _ = decode_attention_reference(
             inputs.query[some], planes, inputs.block_table[some], inputs.seq_lens[some],
-            block_size=self.shape.geometry.page_size, scale=self.scale, delta=self.delta,
+            block_size=self.block_size, scale=self.scale, delta=self.delta,
         )  # fmt: skip
         error = relative_error(output[some], expected)
-        kept, total, _ = counters.sum(0).tolist()
-        every = self.shape.batch * num_kv_heads * self.shape.pages
-        wanted = (inputs.num_kept if self.delta is not None else every, every)
-        if not (output.isfinite().all() and error < TOLERANCE and (kept, total) == wanted):
+        blocks = -(-self.shape.seq_len // self.block_size)
+        every = self.shape.batch * self.shape.geometry.num_kv_heads * blocks
+        planted = every if self.delta is None else inputs.num_kept
+        if not (
+            output.isfinite().all()
+            and error < TOLERANCE
+            and (planted is None or kept == planted)
+            and total == every
+        ):
             raise CheckFailed(f"{self.shape}: error {error:.1e}, {kept} of {total} blocks kept")
         return error, kept / total
 

@@ -25,7 +25,7 @@ class Inputs:
     value: torch.Tensor  # like `key`
     block_table: torch.Tensor  # int32 [batch, pages]
     seq_lens: torch.Tensor  # int32 [batch]
-    num_kept: int  # blocks to keep, of all requests and KV heads
+    num_kept: int | None  # blocks to keep, of all requests and KV heads, where that is known
 
     @cached_property
     def newest(self) -> "NewestTokens":
@@ -96,10 +96,12 @@ def make_inputs(
     return Inputs(query, key, value, block_table, seq_lens, int(blocks.sum()))
 
 
-def write_cache(inputs: Inputs, value_dtype: str) -> KVPlanes:
+def write_cache(inputs: Inputs, value_dtype: str, residual: bool = True) -> KVPlanes:
     """The keys and values in our cache, V in `value_dtype`: auto or fp8."""
     num_pages, page_size, num_kv_heads, head_size = inputs.key.shape
-    layout = PageLayout(head_size, inputs.key.dtype, fp8_value=value_dtype == "fp8")
+    layout = PageLayout(
+        head_size, inputs.key.dtype, residual=residual, fp8_value=value_dtype == "fp8"
+    )
     device = inputs.key.device
     cache = torch.empty(
         (num_pages, num_kv_heads, page_size, layout.bytes_per_token),

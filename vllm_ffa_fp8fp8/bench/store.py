@@ -21,9 +21,11 @@ from vllm_ffa_fp8fp8.bench.files import (
 
 DECODE, GEOMETRY = "decode", "geometry"
 
-OUR_FILES = ("inputs.py", "timing.py", "decoder.py", "base_read.py")
-PEER_FILES = ("inputs.py", "timing.py", "peers.py")
+OUR_FILES = ("inputs.py", "planted.py", "timing.py", "decoder.py", "base_read.py")
+PEER_FILES = ("inputs.py", "planted.py", "timing.py", "peers.py")
 NUMBER = (int, float)
+PLANTED_FIELDS = ("planted", "setting")
+"""Fields that only records of planted scores have."""
 
 
 def fingerprint(*packages: str, only: tuple[str, ...] = ()) -> str:
@@ -96,7 +98,8 @@ class Store:
 
 def as_record(cell: Cell, figure: Figure) -> dict:
     record = {"batch": cell.shape.batch, "seq_len": cell.shape.seq_len}
-    record |= {name: value for name, value in asdict(cell).items() if name != "shape"}
+    chosen = {name: value for name, value in asdict(cell).items() if name != "shape"}
+    record |= {name: value for name, value in chosen.items() if value or name not in PLANTED_FIELDS}
     record |= {
         "us": round(figure.us, 2),
         "floor_us": round(figure.floor_us, 2),
@@ -105,6 +108,8 @@ def as_record(cell: Cell, figure: Figure) -> dict:
         "code": figure.code,
         "commit": figure.commit,
     }
+    if cell.planted:
+        record |= {"exact_error": float(f"{figure.exact_error:.2g}"), "delta": figure.delta}
     return record
 
 
@@ -156,7 +161,14 @@ def parse_record(record: dict, geometry: Geometry) -> tuple[Cell, Figure]:
         entry(record, "value_dtype", str),
         entry(record, "kept", NUMBER),
         *(entry(record, name, str) for name in ("tuning", "hot", "ahead")),
+        *(entry({name: ""} | record, name, str) for name in PLANTED_FIELDS),
     )
+    found = ()
+    if cell.planted:
+        found = (
+            entry(record, "exact_error", NUMBER),
+            entry(record, "delta", (*NUMBER, type(None))),
+        )
     numbers = (entry(record, name, NUMBER) for name in ("us", "floor_us", "measured_kept", "error"))
     origin = (entry(record, name, str) for name in ("code", "commit"))
-    return cell, Figure(*numbers, *origin, cached=True)
+    return cell, Figure(*numbers, *origin, True, *found)

@@ -1,7 +1,7 @@
 """Measures cells on the GPU, shape by shape, as far as the store does not have them."""
 
 import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 
 import torch
@@ -20,9 +20,10 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Figure,
     Figures,
 )
-from vllm_ffa_fp8fp8.bench.decoder import Decoder
+from vllm_ffa_fp8fp8.bench.decoder import CHECKED_REQUESTS, Decoder, relative_error
 from vllm_ffa_fp8fp8.bench.inputs import make_inputs, num_sets, write_cache
-from vllm_ffa_fp8fp8.bench.peers import time_peer
+from vllm_ffa_fp8fp8.bench.peers import dense_reference, time_peer
+from vllm_ffa_fp8fp8.bench.planted import make_planted
 from vllm_ffa_fp8fp8.bench.store import Store, code_fingerprint
 from vllm_ffa_fp8fp8.bench.timing import read_bandwidth
 from vllm_ffa_fp8fp8.environment import stack
@@ -72,10 +73,18 @@ def sweep(
             bandwidth = read_bandwidth()
             tell(f"read bandwidth {bandwidth / 1e6:.2f} TB/s")
         tell(f"{shape}, {shape.geometry}: {len(missing)} of {len(wanted)} cells to measure")
-        for cell, figure in measure(missing, bandwidth, codes, tell if profile else None):
-            figures[cell] = store.put(cell, figure)
-        store.save(shape.geometry)
-        torch.cuda.empty_cache()
+        by_scores: dict = {}
+        for cell in missing:
+            by_scores.setdefault(cell.planted, []).append(cell)
+        for planted, alike in by_scores.items():
+            if planted:
+                measured = measure_planted(alike, bandwidth, codes)
+            else:
+                measured = measure(alike, bandwidth, codes, tell if profile else None)
+            for cell, figure in measured:
+                figures[cell] = store.put(cell, figure)
+            store.save(shape.geometry)
+            torch.cuda.empty_cache()
     return figures
 
 
@@ -125,3 +134,39 @@ def measure(
                 us, error = time_peer(shape, sets, cell.series, write=cell.ahead == WRITE)
                 yield cell, figure(cell, us, error=error)
         del sets
+
+
+def measure_planted(
+    cells: list[Cell], bandwidth: float, codes: dict[str, str], device: str = "cuda"
+) -> Iterator[tuple[Cell, Figure]]:
+    """Yields cells of one shape and distribution of scores with their figures."""
+    shape = cells[0].shape
+    sets = [make_planted(shape, cells[0].planted, seed, device) for seed in range(num_sets(shape))]
+    first, scale = sets[0], shape.geometry.head_size**-0.5
+    exact = dense_reference(
+        first.query, first.key, first.value, first.block_table, first.seq_lens, scale,
+        requests=min(shape.batch, CHECKED_REQUESTS), dtype=torch.float64,
+    )  # fmt: skip
+    for cell in cells:
+        delta, error, kept = None, 0.0, 1.0
+        if cell.series in PEERS:
+            us, exact_error = time_peer(shape, sets, cell.series, exact=exact)
+        else:
+            config = cell.config
+            planes = [write_cache(s, config.v_cache_dtype, config.use_fp8_residual) for s in sets]
+            dtype = planes[0].value.dtype
+            decoder = Decoder(shape, config.prunes, {}, device, value_dtype=dtype, config=config)
+            if not cell.setting:
+                delta = round(decoder.search(first, planes[0], cell.kept), 3)
+            error, kept = decoder.check(first, planes[0])
+            output, *_ = decoder.run(first, planes[0])
+            exact_error = relative_error(output[: len(exact)], exact)
+            us = decoder.time(sets, planes)
+            del planes
+        floor = cell.floor_bytes(kept) / bandwidth
+        yield (
+            cell,
+            Figure(
+                us, floor, kept, error, codes[cell.series], exact_error=exact_error, delta=delta
+            ),
+        )

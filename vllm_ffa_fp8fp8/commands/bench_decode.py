@@ -13,6 +13,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     HOT,
     NOTHING,
     PEERS,
+    PLANTED,
     SPREAD,
     VALUE_BYTES,
     Cell,
@@ -20,6 +21,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Geometry,
     Shape,
     plan_cells,
+    plan_planted,
 )
 from vllm_ffa_fp8fp8.bench.store import read_figures
 from vllm_ffa_fp8fp8.commands.bench_options import (
@@ -27,11 +29,15 @@ from vllm_ffa_fp8fp8.commands.bench_options import (
     missing_gpu,
     tell_conditions,
 )
+from vllm_ffa_fp8fp8.settings import add_setting_arguments, parse_setting
 
 SHAPES = (
     "1x1024", "1x8192", "1x32768", "1x131072", "8x8192", "8x32768", "8x131072", "32x8192",
     "32x32768", "64x1024",
 )  # fmt: skip
+DEFAULT_SETTINGS = ("balanced", "fast")
+SHORTEST = 512
+"""Tokens that planted scores need."""
 TUNING_FIELDS = (
     "programs_per_processor", "dense_programs_per_processor", "waves", "item_tokens",
     "dense_item_tokens", "min_blocks", "item_overhead", "chunk_blocks", "scan_tokens",
@@ -48,16 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"batch x tokens (default: {' '.join(SHAPES)})",
     )  # fmt: skip
     add(
-        "--kept", nargs="+", type=float, default=KEPT, metavar="FRACTION",
-        help=f"fractions of the blocks to keep (default: {' '.join(map(str, KEPT))})",
+        "--kept", nargs="+", type=float, metavar="FRACTION",
+        help="fractions of the blocks to keep; of planted scores: delta is searched for "
+        f"(default: {' '.join(map(str, KEPT))})",
     )  # fmt: skip
     add(
-        "--hot", nargs="+", choices=HOT, default=[SPREAD],
+        "--hot", nargs="+", choices=HOT,
         help="where the kept blocks are: anywhere, all at the end, or in half of the KV heads only "
         "(default: spread)",
     )  # fmt: skip
     add(
-        "--ahead", nargs="+", choices=AHEAD, default=[NOTHING],
+        "--planted", nargs="+", choices=PLANTED, metavar="NAME",
+        help="instead of hot blocks, scores of such a distribution, with the error of the output: "
+        f"{', '.join(PLANTED)}; with --setting, --preset, --delta or --kept "
+        f"(default: --preset {' '.join(DEFAULT_SETTINGS)})",
+    )  # fmt: skip
+    add_setting_arguments(parser)
+    add(
+        "--ahead", nargs="+", choices=AHEAD,
         help="what is timed with attention, ahead of it: nothing, or the write of the newest keys "
         "and values to the cache, as in a layer; for the peers, too (default: nothing)",
     )  # fmt: skip
@@ -156,9 +170,12 @@ def head_size(cell: Cell) -> int:
 
 def wanted_cells(options: argparse.Namespace, value_dtypes: list[str], peers: bool) -> list[Cell]:
     """What the options ask for. Raises ValueError."""
+    if options.settings and not options.planted:
+        raise ValueError("settings are for --planted: with hot blocks, --kept says what is kept")
     if options.bars:
         return bar_cells(value_dtypes, peers, options.page_size)
-    if bad := [kept for kept in options.kept if not 0 <= kept <= 1]:
+    fractions = KEPT if options.kept is None else options.kept
+    if bad := [kept for kept in fractions if not 0 <= kept <= 1]:
         raise ValueError(f"kept fractions lie between 0 and 1, not at {bad[0]}")
     geometries = [
         Geometry(*parse_heads(heads), size, options.page_size)
@@ -166,10 +183,28 @@ def wanted_cells(options: argparse.Namespace, value_dtypes: list[str], peers: bo
         for size in options.head_sizes
     ]
     shapes = [Shape.parse(text, geometry) for geometry in geometries for text in options.shapes]
+    if options.planted:
+        return planted_cells(options, shapes, value_dtypes, peers)
     tunings = ["", *options.vary]
-    return plan_cells(
-        shapes, list(options.kept), value_dtypes, tunings, peers, options.hot, options.ahead
-    )
+    hot, ahead = options.hot or [SPREAD], options.ahead or [NOTHING]
+    return plan_cells(shapes, list(fractions), value_dtypes, tunings, peers, hot, ahead)
+
+
+def planted_cells(
+    options: argparse.Namespace, shapes: list[Shape], value_dtypes: list[str], peers: bool
+) -> list[Cell]:
+    """Raises ValueError."""
+    if options.hot or options.ahead or options.vary:
+        raise ValueError("--hot, --ahead and --vary are for hot blocks, not for --planted")
+    default = [] if options.kept else [parse_setting(name) for name in DEFAULT_SETTINGS]
+    settings = options.settings or default
+    configs = [setting.config for setting in settings]
+    sizes = {config.block_size for config in configs} - {None}
+    if bad := [size for size in sizes if size > options.page_size]:
+        raise ValueError(f"blocks of {bad[0]} tokens need pages of as many: --page-size {bad[0]}")
+    if too_short := [shape for shape in shapes if shape.seq_len < SHORTEST]:
+        raise ValueError(f"{too_short[0]} is too short to plant scores in: {SHORTEST} tokens")
+    return plan_planted(shapes, options.planted, configs, options.kept or (), value_dtypes, peers)
 
 
 def parse_heads(text: str) -> tuple[int, int]:
