@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference, write_kv_refe
 
 FIRST_TOKENS = 64
 """Of a context that is cut: these stay, among them what models use as a sink."""
+WRITTEN_TOKENS = 1 << 20
 
 
 class Dense(NamedTuple):
@@ -83,29 +84,25 @@ def from_pages(pages: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> 
     return pages.flatten(0, 1)[slots_of(block_table, seq_len, pages.shape[1])]
 
 
-def to_planes(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block_table: torch.Tensor,
-    layout: PageLayout,
-    page_size: int,
-) -> KVPlanes:
-    """Keys and values `[batch, seq_len, num_kv_heads, head_size]` in our cache, by the kernel on
-    a GPU and by its oracle on the CPU."""
-    num_pages, num_kv_heads = block_table.numel(), key.shape[2]
+def to_planes(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> KVPlanes:
+    """Keys and values in pages, `to_pages`, as they lie in our cache: written there by the kernel
+    on a GPU and by its oracle on the CPU."""
+    num_pages, page_size, num_kv_heads, _ = key.shape
     size = (num_pages, num_kv_heads, page_size, layout.bytes_per_token)
-    planes = layout.split(torch.zeros(size, dtype=torch.uint8, device=key.device))
+    planes = layout.split(torch.empty(size, dtype=torch.uint8, device=key.device))
     write = write_kv if key.is_cuda else write_kv_reference
-    slots = slots_of(block_table, key.shape[1], page_size)
-    for keys, values, places in zip(key, value, slots, strict=True):
-        write(keys, values, planes, places)
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
+    slots = torch.arange(len(key), device=key.device)
+    for tokens in slots.split(WRITTEN_TOKENS):
+        write(key[tokens[0] : tokens[-1] + 1], value[tokens[0] : tokens[-1] + 1], planes, tokens)
     return planes
 
 
 def from_planes(
     planes: KVPlanes, block_table: torch.Tensor, seq_len: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`to_planes` backwards, in `dtype`, up to what the cache's format rounds."""
+    """Keys and values `[batch, seq_len, num_kv_heads, head_size]` from our cache, in `dtype`: what
+    went into `to_pages` and `to_planes`, up to what the cache's format rounds."""
     rows = (gather_kv_reference(planes, table, seq_len, dtype) for table in block_table)
     key, value = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
     return key, value
