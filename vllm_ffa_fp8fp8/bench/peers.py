@@ -36,18 +36,21 @@ def time_peer(
     peer: str,
     write: bool = False,
     exact: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[float, float]:
     """Microseconds of the better of two schedules, and the relative error of its output; with
     `write` behind vLLM's write of the newest tokens to the cache.
 
     With `exact`, the output of the first requests of the first set, the error is against that, and
-    what rounding does to it is no failure. Raises CheckFailed where an output is wrong.
+    what rounding does to it is no failure. `scale` is the factor on q . k, 1 / sqrt(head_size) if
+    None. Raises CheckFailed where an output is wrong.
     """
     from vllm._custom_ops import reshape_and_cache_flash
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     dtype = torch.float8_e4m3fn if peer == FA3_FP8 else torch.bfloat16
     geometry, device = shape.geometry, sets[0].query.device
+    scale = geometry.head_size**-0.5 if scale is None else scale
     cu_query_lens = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
     descale, cache_dtype = None, "auto"
     if peer == FA3_FP8:
@@ -55,7 +58,12 @@ def time_peer(
         cache_dtype = "fp8"
     one = torch.ones(1, device=device)
     tensors = [
-        (s.query.to(dtype), s.key.to(dtype), s.value.to(dtype), s.block_table, s.seq_lens, s.newest)
+        (
+            *(stored(tensor, dtype) for tensor in (s.query, s.key, s.value)),
+            s.block_table,
+            s.seq_lens,
+            s.newest,
+        )
         for s in sets
     ]
     outputs = [torch.full_like(s.query, float("nan")) for s in sets]
@@ -67,14 +75,14 @@ def time_peer(
             )
         flash_attn_varlen_func(
             query, key, value, 1, cu_query_lens, shape.seq_len, seqused_k=seq_lens,
-            softmax_scale=geometry.head_size**-0.5, causal=True, block_table=block_table,
+            softmax_scale=scale, causal=True, block_table=block_table,
             out=output, fa_version=3, q_descale=descale, k_descale=descale, v_descale=descale,
             **schedule,
         )  # fmt: skip
 
     expected = exact
     if exact is None:
-        expected = dense_reference(*tensors[0][:5], scale=geometry.head_size**-0.5)
+        expected = dense_reference(*tensors[0][:5], scale=scale)
     times, errors = [], []
     for splits in SPLITS:
         schedule = {}
@@ -100,6 +108,14 @@ def time_peer(
             )
         )
     return min(zip(times, errors, strict=True))
+
+
+def stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`; what is too large becomes the largest number, as in vLLM's cache."""
+    if tensor.dtype == dtype:
+        return tensor
+    largest = torch.finfo(dtype).max
+    return tensor.clamp(-largest, largest).to(dtype)
 
 
 def dense_reference(
