@@ -68,14 +68,15 @@ def parse_setting(text: str) -> Setting:
                 f"A setting is a preset, key=value pairs with commas between them, or both, such "
                 f"as balanced or delta=5,block_size=16; {text!r} has {problem}"
             )
-        options[key] = _value(value)
+        options[key] = parse_value(value)
     return Setting(text.strip(), FFAConfig.load(overrides=options).to_dict())
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """What YAML makes of a value on the command line, and 1e-3 a number."""
     try:
         value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) else value  # YAML's 1e-3 is a string
+        return float(value) if isinstance(value, str) else value  # YAML has it as a string
     except (yaml.YAMLError, ValueError):
         return text
 

@@ -1,0 +1,1 @@
+"""What a setting costs, end to end: next-token distributions beside the default backend's."""

@@ -1,0 +1,85 @@
+"""Which engines `quality` runs, and what for."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_ffa_fp8fp8.settings import Setting
+
+COPIES = 4
+"""Requests of the batch that shows the default backend's own rounding."""
+DEFAULT, FP8_CACHE, FLOOR = "default", "fp8 cache", f"default, batch of {COPIES}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    sources: list[str]
+    tokens: list[list[int]]
+
+    def of_length(self, length: int | None) -> list[int]:
+        """Which of them have so many tokens; None: all."""
+        return [n for n, tokens in enumerate(self.tokens) if length in (None, len(tokens))]
+
+
+@dataclass
+class Engine:
+    """A backend with its cache, and the runs that differ in nothing but delta.
+
+    Args:
+        llm: arguments of `LLM`.
+        settings: of FFA_FP8FP8; none: another backend.
+        runs: as `judge_texts` takes them.
+    """
+
+    llm: dict[str, Any]
+    settings: list[Setting] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return "; ".join(run["name"] for run in self.runs)
+
+    def add(self, name: str, **run: Any) -> None:
+        plain = {"name": name, "delta": None, "is_reference": False, "copies": 1}
+        self.runs.append(plain | run)
+
+    def job(self, texts: Texts, last: int, folder: str, check: Sequence[Setting]) -> dict[str, Any]:
+        """What `judge_texts` takes. With `check` it first looks whether the model can run so."""
+        return {
+            "llm": self.llm,
+            "options": self.settings[0].options if self.settings else None,
+            "texts": texts.tokens,
+            "last": last,
+            "folder": folder,
+            "copies": COPIES,
+            "check": [setting.options for setting in check],
+            "runs": self.runs,
+        }
+
+
+def plan_engines(
+    settings: Sequence[Setting], llm: dict[str, Any], *, floor: bool, fp8_cache: bool
+) -> list[Engine]:
+    """The reference's first."""
+    default = Engine(llm)
+    default.add(DEFAULT, is_reference=True)
+    if floor:
+        default.add(FLOOR, copies=COPIES)
+    engines = [default, *_engines_of(settings, llm)]
+    if fp8_cache:
+        engines.append(Engine(llm | {"kv_cache_dtype": "fp8"}))
+        engines[-1].add(FP8_CACHE)
+    return engines
+
+
+def _engines_of(settings: Sequence[Setting], llm: dict[str, Any]) -> Iterator[Engine]:
+    """Settings that prune and differ in delta alone share an engine, where it is set anew."""
+    engines: dict[str, Engine] = {}
+    for setting in settings:
+        delta = setting.options["delta"]
+        others = json.dumps(setting.options | {"delta": delta is not None})
+        engine = engines.setdefault(others, Engine(llm))
+        engine.settings.append(setting)
+        engine.add(setting.name, delta=delta)
+    yield from engines.values()

@@ -1,0 +1,165 @@
+"""What `quality` found, as JSON data and as tables."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ffa_fp8fp8.bench.files import replacing
+from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE, Engine, Texts
+from vllm_ffa_fp8fp8.bench.report import show_table
+from vllm_ffa_fp8fp8.bench.report import table as markdown_table
+
+Text = dict[str, Any]
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A setting's run over all texts, as `judge_texts` returns it."""
+
+    name: str
+    options: dict[str, Any] | None
+    backend: str
+    texts: Sequence[Text]
+
+
+@dataclass
+class Report:
+    """A file and a table for each of `lengths`, tokens; None: one for all texts.
+
+    Args:
+        head: what all files begin with.
+        order: names of settings.
+        path: of the file; None: none is written.
+    """
+
+    head: dict[str, Any]
+    texts: Texts
+    last: int
+    order: Sequence[str]
+    lengths: Sequence[int | None]
+    path: Path | None
+    judged: dict[str, Judged] = field(default_factory=dict)
+
+    def put(self, engine: Engine, answer: dict[str, Any]) -> None:
+        """Takes what `judge_texts` returned. Raises ValueError where it cannot be written."""
+        options = {setting.name: setting.options for setting in engine.settings}
+        for run, texts in zip(engine.runs, answer["runs"], strict=True):
+            name = run["name"]
+            self.judged[name] = Judged(name, options.get(name), answer["backend"], texts)
+        for length in self.lengths if self.path else ():
+            with replacing(self.path_of(length)) as part:
+                part.write_text(json.dumps(self.content(length), indent=1) + "\n")
+
+    def path_of(self, length: int | None) -> Path:
+        path = self.path
+        return path if len(self.lengths) == 1 else path.with_stem(f"{path.stem}-{length}")
+
+    def content(self, length: int | None) -> dict[str, Any]:
+        chosen = self.texts.of_length(length)
+        sources = [self.texts.sources[n] for n in chosen]
+        tokens = [len(self.texts.tokens[n]) for n in chosen]
+        order = (DEFAULT, FLOOR, FP8_CACHE, *self.order)
+        judged = [self.judged[name] for name in order if name in self.judged]
+        return self.head | {
+            "text": ", ".join(sources),
+            "tokens": max(tokens),
+            "last": self.last,
+            "settings": [entry(run, chosen, sources, tokens) for run in judged],
+        }
+
+    def show(self, screen: Console) -> None:
+        for length in self.lengths:
+            content = self.content(length)
+            model = Path(self.head["model"]).name
+            title = f"{model}, {content['tokens']:,} tokens, the last {self.last} of them"
+            screen.line()
+            show_table(screen, main_table(content["settings"], title))
+            if (table := layer_table(content["settings"])) is not None:
+                screen.line()
+                show_table(screen, table)
+            if self.path is not None:
+                screen.print(str(self.path_of(length)))
+
+
+def entry(
+    run: Judged, chosen: Sequence[int], sources: Sequence[str], lengths: Sequence[int]
+) -> Entry:
+    """The setting's part of the file, over the chosen texts, of such sources and tokens."""
+    texts = [run.texts[number] for number in chosen]
+    parts = [
+        {"text": source, "tokens": tokens} | summary([text])
+        for source, tokens, text in zip(sources, lengths, texts, strict=True)
+    ]
+    return {
+        "name": run.name,
+        "options": run.options,
+        "backend": run.backend,
+        **summary(texts),
+        "kept_by_layer": kept_by_layer(texts),
+        "texts": parts,
+    }
+
+
+def summary(texts: Sequence[Text]) -> dict[str, float]:
+    """`kept`: fraction of the blocks; `kl_mean`, `kl_max`: nats; `kl_error`: the mean's standard
+    error, tokens taken as independent; `agree`: fraction; `loss`: nats a token."""
+    kl, agrees, loss = np.concatenate([text["figures"] for text in texts]).T
+    counts = [layer for text in texts for layer in text["layers"]]
+    return {
+        "kept": kept_of(counts),
+        "kl_mean": float(kl.mean()),
+        "kl_error": float(kl.std() / math.sqrt(len(kl))),
+        "kl_max": float(kl.max()),
+        "agree": float(agrees.mean()),
+        "loss": float(loss.mean()),
+    }
+
+
+def kept_of(counts: Iterable[dict[str, Any]]) -> float:
+    """Of all blocks, those of requests below `min_context` among them, which are all read."""
+    counts = list(counts)
+    short = sum(count["short_blocks"] for count in counts)
+    total = sum(count["total_blocks"] for count in counts) + short
+    return (sum(count["kept_blocks"] for count in counts) + short) / total if total else 1.0
+
+
+def kept_by_layer(texts: Sequence[Text]) -> list[float]:
+    """In the order of the layers; empty for another backend."""
+    return [kept_of(counts) for counts in zip(*(text["layers"] for text in texts), strict=True)]
+
+
+def main_table(entries: Sequence[Entry], title: str) -> Table:
+    headings = ("kept", "KL, mean", "±", "KL, largest", "same best token", "loss", "over default")
+    table = markdown_table(title, "setting", *headings)
+    for found in entries:
+        table.add_row(
+            found["name"],
+            f"{found['kept']:.3f}",
+            f"{found['kl_mean']:.2e}",
+            f"{found['kl_error']:.0e}",
+            f"{found['kl_max']:.2e}",
+            f"{found['agree']:.1%}",
+            f"{found['loss']:.4f}",
+            f"{found['loss'] - entries[0]['loss']:+.4f}",
+        )
+    return table
+
+
+def layer_table(entries: Sequence[Entry]) -> Table | None:
+    """Kept fractions, a row a layer; None where no setting of FFA_FP8FP8 was judged."""
+    ours = [found for found in entries if found["kept_by_layer"]]
+    if not ours:
+        return None
+    table = markdown_table("Kept by layer", "layer", *(found["name"] for found in ours))
+    rows = zip(*(found["kept_by_layer"] for found in ours), strict=True)
+    for layer, kept in enumerate(rows):
+        table.add_row(str(layer), *(f"{fraction:.3f}" for fraction in kept))
+    return table
