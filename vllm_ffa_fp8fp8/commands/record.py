@@ -64,13 +64,13 @@ def run(options: argparse.Namespace) -> int:
         job = make_job(options)
         result = watch(console, job)
     except ValueError as error:
-        console.print(Text(str(error)))
+        tell(console, str(error))
         return 2
     except KeyboardInterrupt:
-        console.print(Text(f"Stopped. {what_is_kept(options.out)}"))
+        tell(console, f"Stopped. {what_is_kept(options.out)}")
         return 130
     if result is None:
-        console.print(Text(what_is_kept(options.out)))
+        tell(console, what_is_kept(options.out))
         return 1
     tell_result(console, options.out, result)
     return 0
@@ -112,7 +112,7 @@ def watch(console: Console, job: dict[str, Any]) -> dict[str, Any] | None:
                         completed=value.get("done", 0), total=value.get("of"),
                     )  # fmt: skip
                     if not console.is_terminal:
-                        console.print(Text(value["text"]))
+                        tell(console, value["text"])
         except RuntimeError as error:
             kind, _, text = str(error).partition(": ")
             if kind == "ValueError":
@@ -137,11 +137,15 @@ def what_is_kept(folder: Path) -> str:
 def tell_result(console: Console, folder: Path, result: dict[str, Any]) -> None:
     lengths = ", ".join(f"{tokens:,}" for tokens in result["prompt_tokens"])
     layers = ", ".join(map(str, result["layers"]))
-    console.print(Text(f"{folder}: layers {layers}; prompts of {lengths} tokens."))
+    tell(console, f"{folder}: layers {layers}; prompts of {lengths} tokens.")
     if result["reused"]:
-        console.print(Text(f"{result['reused']} of these layers were there already."))
+        tell(console, f"{result['reused']} of these layers were there already.")
     if result["left_out"]:
         layer, reason = next(iter(result["left_out"].items()))
         names = ", ".join(map(str, result["left_out"]))
-        console.print(Text(f"Left out: {names}, as layer {layer}: {reason}"))
-    console.print(Text(f"Next: ffa-fp8fp8 bench layers --data {folder}"))
+        tell(console, f"Left out: {names}, as layer {layer}: {reason}")
+    tell(console, f"Next: ffa-fp8fp8 bench layers --data {folder}")
+
+
+def tell(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)

@@ -139,7 +139,10 @@ def measure_peers(
 
 def run(decoder: Decoder, inputs: Inputs, planes: KVPlanes) -> tuple[torch.Tensor, torch.Tensor]:
     """The output in float64, and the blocks that each KV head kept."""
-    output = torch.full_like(inputs.query, float("nan"))
+    dtype = inputs.query.dtype
+    if not inputs.query.is_cuda:
+        dtype = torch.float32  # interpreted casts truncate
+    output = torch.full_like(inputs.query, float("nan"), dtype=dtype)
     heads = decoder.shape.geometry.num_kv_heads
     counters = torch.zeros(heads, 3, dtype=torch.int64, device=output.device)
     decoder.launch(inputs, planes, output, counters)
