@@ -1,0 +1,1 @@
+"""What was measured, as pictures: from JSON files to PNG and SVG."""
