@@ -14,11 +14,14 @@ if [ -n "$backend" ]; then options+=(--attention-backend "$backend"); fi
 if ! nvidia-smi >/dev/null 2>&1; then options+=(--enforce-eager); fi
 
 cat <<END
-Serving $name on port $port with ${backend:-the default backend}. Once it says "Application startup complete", try:
+Serving $name on port $port with ${backend:-the default backend}. A prompt long enough to be pruned, once the server is up:
 
-curl http://localhost:$port/v1/completions -H 'Content-Type: application/json' -d '{"model": "$name",
-  "prompt": "# note: the code of tamiro is 48213.\\nimport os\\n# note: the code of besula is 90577.\\nimport sys\\n\\n# recall: the code of tamiro is",
-  "temperature": 0, "max_tokens": 8}'
+python3 -c "
+import argparse, json
+source = open(argparse.__file__).read()[:12000]
+prompt = '# note: the code of tamiro is 48213.\n' + source + '\n\n# recall: the code of tamiro is'
+print(json.dumps({'model': '$name', 'prompt': prompt, 'temperature': 0, 'max_tokens': 8}))
+" | curl http://localhost:$port/v1/completions -H 'Content-Type: application/json' -d @-
 
 END
 exec "$bin/vllm" serve "$model" --served-model-name "$name" --port "$port" "${options[@]}" ${ARGS:-}

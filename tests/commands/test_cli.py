@@ -1,22 +1,16 @@
-"""The command line: doctor's findings, the demo's prompts, and what the demo makes of a run."""
+"""The command line: doctor's findings, what repairs them, and the version."""
 
-import argparse
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import vllm_ffa_fp8fp8
 from vllm_ffa_fp8fp8 import environment
-from vllm_ffa_fp8fp8.commands import cli, demo, doctor, repair
-from vllm_ffa_fp8fp8.commands.demo_engine import generate
-from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions
-from vllm_ffa_fp8fp8.commands.engine_process import run_engine
+from vllm_ffa_fp8fp8.commands import cli, doctor, repair
 from vllm_ffa_fp8fp8.environment import GPU
 
 ROOT = Path(__file__).parents[2]
@@ -281,129 +275,6 @@ def test_doctor_refuses_fp8_values_without_fp8(monkeypatch, tmp_path):
         assert doctor.check_options(gpu).status == doctor.OK
 
 
-def test_questions_have_the_length_and_one_note_each():
-    count = demo.token_counter(demo.find_model())
-    questions = make_questions(8000, count)
-    assert questions == make_questions(8000, count)
-    assert len({question.word for question in questions}) == 4
-    for question in questions:
-        assert 7800 <= count(question.prompt) <= 8000
-        assert (
-            question.prompt.count(f"\n# note: the code of {question.word} is {question.code}.\n")
-            == 1
-        )
-        assert question.prompt.count("# note: the code of") == 16
-        assert question.prompt.endswith(f"\n# recall: the code of {question.word} is")
-    files = {question.prompt.rpartition("\n# recall")[0] for question in questions}
-    assert len(files) == 1  # a shared prefix
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--questions", "17"], "--questions is a number from 1 to 16, not 17"),
-        (["--questions", "0"], "not 0"),
-        (["--tokens", "99999999"], "the model has 32,768 positions"),
-        (["--tokens", "32737"], "give 32736 at most"),
-        (["--tokens", "0"], "--tokens 0 is too short: the notes and the question alone take"),
-        (["--tokens", "-5"], "--tokens -5 is too short"),
-        (["--tokens", "100"], "--tokens 100 is too short"),
-    ],
-)
-def test_demo_tells_wrong_arguments(monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(demo, "watch", None)  # no engine starts
-    assert cli.main(["demo", *arguments]) == 2
-    assert words in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("asked, length", [(None, 12_000), (32_736, 32_736)])
-def test_demo_prompts_fit_the_model(monkeypatch, asked, length):
-    pretend(monkeypatch)
-    options = argparse.Namespace(tokens=asked, questions=4)
-    assert demo.prompt_length(options, demo.find_model()) == length
-
-
-def test_demo_takes_a_shorter_default_for_a_smaller_model(tmp_path):
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
-    options = argparse.Namespace(tokens=None, questions=4)
-    assert demo.prompt_length(options, tmp_path) == 2048 - demo.ANSWER_ROOM
-
-
-def test_demo_finds_its_model_in_the_current_clone(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site-packages" / "demo.py"))
-    monkeypatch.chdir(ROOT)
-    assert demo.find_model() == str(ROOT / demo.MODEL)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["demo"]) == 1
-    assert "neither what is installed nor the current folder is a clone" in capsys.readouterr().out
-    assert cli.main(["demo", "--model", str(tmp_path)]) == 1
-    assert "it has no config.json and no tokenizer.json" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("tokenizer.json", "{"),
-        ("config.json", "{"),
-        ("config.json", "[]"),
-        ("config.json", '{"max_position_embeddings": null}'),
-    ],
-)
-def test_demo_names_a_broken_file_of_a_model(monkeypatch, tmp_path, capsys, name, text):
-    monkeypatch.setattr(demo, "watch", None)  # no engine starts
-    for file in ("config.json", "tokenizer.json"):
-        (tmp_path / file).write_bytes(Path(demo.find_model(), file).read_bytes())
-    (tmp_path / name).write_text(text)
-    assert cli.main(["demo", "--model", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{tmp_path / name} is no ")
-    assert line.endswith("restore the file, or name another model with --model FOLDER.")
-
-
-def test_questions_that_cannot_be_made():
-    with pytest.raises(ValueError, match="asked=17"):
-        make_questions(8000, len, asked=17)
-    with pytest.raises(ValueError, match="too short"):
-        make_questions(10**9, len)
-
-
-@pytest.mark.parametrize(
-    "answer, right", [(" 12345.", True), (" 12345", True), (" 12354.", False), ("", False)]
-)
-def test_question_is_answered_by(answer, right):
-    assert Question("", "bada", "12345", 0.5).is_answered_by(answer) == right
-
-
-@pytest.mark.parametrize("answer, exit_code", [(" 12345.", 0), (" 99999.", 1)])
-def test_report_fails_on_a_wrong_answer(monkeypatch, answer, exit_code):
-    pretend(monkeypatch, cpu_build=not exit_code)
-    result = {
-        "backend": "SOME_BACKEND",
-        "answers": [answer],
-        "prompt_tokens": [9876],
-        "cached_tokens": [0],
-        "first_seconds": 1.0,
-        "other_seconds": 2.0,
-        "cache_bytes_per_token": 4104,
-        "kept": 0.4321,
-    }
-    right = result | {"answers": [" 12345."], "backend": "DEFAULT"}
-    console = Console(record=True, width=100)
-    questions = [Question("", "bada", "12345", 0.5)]
-    assert demo.report(console, questions, result, right) == exit_code
-    shown = console.export_text()
-    assert "43.2%" in shown and "9,876" in shown and "SOME_BACKEND" in shown
-    assert ("(wrong)" in shown) == bool(exit_code)
-    assert ("say nothing about a GPU" in shown) == (not exit_code)
-
-
-def test_engine_failure_is_told_and_logged(tmp_path):
-    log = tmp_path / "log"
-    with pytest.raises(RuntimeError, match="KeyError: 'llm'"):
-        list(run_engine({}, str(log), generate))
-    assert "Traceback" in log.read_text()
-
-
 def test_the_version_needs_neither_torch_nor_vllm():
     version = environment.version_of("vllm-ffa-fp8fp8")
     code = (
@@ -417,27 +288,3 @@ def test_the_version_needs_neither_torch_nor_vllm():
     assert answer.stdout == f"vllm-ffa-fp8fp8 {version}\n"
     with pytest.raises(AttributeError, match="no attribute 'version'"):
         _ = vllm_ffa_fp8fp8.version
-
-
-@pytest.mark.parametrize(
-    "choice, name, options",
-    [
-        ({}, "FFA_FP8FP8", " --attention-backend FFA_FP8FP8"),
-        ({"BACKEND": "CPU_ATTN"}, "CPU_ATTN", " --attention-backend CPU_ATTN"),
-        ({"BACKEND": ""}, "the default backend", ""),
-    ],
-)
-def test_serve_names_the_backend_to_vllm(tmp_path, choice, name, options):
-    vllm = tmp_path / "vllm"
-    vllm.write_text('#!/bin/sh\necho "vllm $* [$VLLM_ATTENTION_BACKEND]"\n')
-    vllm.chmod(0o755)
-    variables = {"BIN": str(tmp_path), "PORT": "8000", "VLLM_ATTENTION_BACKEND": "ANOTHER"}
-    variables = {key: value for key, value in os.environ.items() if key != "ARGS"} | variables
-    command = ["bash", str(ROOT / "scripts" / "serve.sh"), "some-model"]
-    answer = subprocess.run(
-        command, env=variables | choice, capture_output=True, text=True, check=True
-    )
-    assert f"with {name}." in answer.stdout
-    called = answer.stdout.splitlines()[-1].replace(" --enforce-eager", "")
-    served = "vllm serve some-model --served-model-name some-model --port 8000"
-    assert called == f"{served}{options} []"

@@ -23,13 +23,13 @@ def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     start = time.perf_counter()
     outputs = llm.generate(first, sampling, use_tqdm=False)
     first_seconds = time.perf_counter() - start
-    tell("answering the other questions")
     start = time.perf_counter()
-    outputs += llm.generate(others, sampling, use_tqdm=False)
+    if others:
+        tell("answering the other questions")
+        outputs += llm.generate(others, sampling, use_tqdm=False)
     result = {
         "answers": [output.outputs[0].text for output in outputs],
         "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
-        "cached_tokens": [output.num_cached_tokens for output in outputs],
         "first_seconds": first_seconds,
         "other_seconds": time.perf_counter() - start,
         "backend": llm.collective_rpc(backend_names)[0],

@@ -1,6 +1,8 @@
-"""The demo's questions: codes hidden in a long file of Python's own source."""
+"""Questions with known answers: codes hidden in a long file of Python's own source."""
 
+import functools
 import random
+import re
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +21,15 @@ class Question:
     depth: float  # where the note stands: 0 is the prompt's first line, 1 its last
 
     def is_answered_by(self, answer: str) -> bool:
-        return answer.strip().rstrip(".") == self.code
+        return is_code(self.code, answer)
 
 
+def is_code(code: str, answer: str) -> bool:
+    """Whether the answer's first word is the code, with or without its full stop."""
+    return re.match(rf"\s*{code}\.?(\s|$)", answer) is not None
+
+
+@functools.cache
 def source_lines() -> list[str]:
     """The standard library's top-level modules, one after another."""
     modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))
@@ -29,24 +37,39 @@ def source_lines() -> list[str]:
 
 
 def make_questions(
-    tokens: int, count_tokens: Callable[[str], int], asked: int = 4, notes: int = 16, seed: int = 0
+    tokens: int,
+    count_tokens: Callable[[str], int],
+    asked: int = 4,
+    notes: int = 16,
+    seed: int = 0,
+    lookalikes: int = 0,
+    first_line: int = 0,
 ) -> list[Question]:
-    """`asked` prompts of about `tokens` tokens, which differ in their last line only."""
+    """`asked` prompts of about `tokens` tokens, which differ in their last line only.
+
+    Each note has `lookalikes` beside it: notes of words that differ from its own in a syllable,
+    anywhere in the file. The file begins with the source's `first_line`. Raises ValueError.
+    """
     if not 0 < asked <= notes:
         raise ValueError(f"asked={asked}: ask for 1 to {notes} codes, as many as there are notes")
     rng = random.Random(seed)
     words = draw_words(notes, rng)
-    codes = ["".join(rng.choice("0123456789") for _ in range(5)) for _ in words]
+    codes = [draw_code(rng) for _ in words]
     inserts = [NOTE.format(word=word, code=code) for word, code in zip(words, codes, strict=True)]
-    least = sum(map(count_tokens, inserts)) + count_tokens(QUESTION.format(word=words[0]))
+    others = [
+        NOTE.format(word=word, code=draw_code(rng))
+        for word in draw_lookalikes(words, lookalikes, rng)
+    ]
+    least = sum(map(count_tokens, inserts + others)) + count_tokens(QUESTION.format(word=words[0]))
     if tokens < least:
         raise ValueError(
             f"--tokens {tokens} is too short: the notes and the question alone take {least}"
         )
-    lines = lines_that_fit(tokens - least, count_tokens)
+    lines = lines_that_fit(tokens - least, count_tokens, first_line)
     # One note in each of equal stretches of the file, anywhere in it, and none in its last tenth.
     depths = [0.9 * (place + rng.random()) / notes for place in range(notes)]
-    for depth, note in reversed(list(zip(depths, inserts, strict=True))):
+    places = list(zip(depths, inserts, strict=True)) + [(0.9 * rng.random(), o) for o in others]
+    for depth, note in sorted(places, reverse=True):
         lines.insert(round(depth * len(lines)), note)
     file = "".join(lines)
     picks = [(2 * place + 1) * notes // (2 * asked) for place in range(asked)]
@@ -56,6 +79,10 @@ def make_questions(
     ]
 
 
+def draw_code(rng: random.Random) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(5))
+
+
 def draw_words(count: int, rng: random.Random) -> list[str]:
     words: dict[str, None] = {}  # a set would not keep the order
     while len(words) < count:
@@ -63,9 +90,26 @@ def draw_words(count: int, rng: random.Random) -> list[str]:
     return list(words)
 
 
-def lines_that_fit(tokens: int, count_tokens: Callable[[str], int]) -> list[str]:
+def draw_lookalikes(words: list[str], each: int, rng: random.Random) -> list[str]:
+    """New words, `each` for a word, which differ from it in one syllable."""
+    taken = dict.fromkeys(words)
+    for word in words * each:
+        other = word
+        while other in taken:
+            place = 2 * rng.randrange(3)
+            other = word[:place] + rng.choice(SYLLABLES) + word[place + 2 :]
+        taken[other] = None
+    return list(taken)[len(words) :]
+
+
+def lines_that_fit(
+    tokens: int, count_tokens: Callable[[str], int], first_line: int = 0
+) -> list[str]:
+    """Lines of source from `first_line` on, modulo their number. Raises ValueError."""
+    source = source_lines()
+    first_line %= len(source)
     lines: list[str] = []
-    for line in source_lines():
+    for line in source[first_line:] + source[:first_line]:
         # A tokenizer joins a newline with the indentation after it.
         tokens -= count_tokens("\n" + line.rstrip("\n"))
         if tokens < 0:
