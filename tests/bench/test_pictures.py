@@ -17,6 +17,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Shape,
     plan_cells,
 )
+from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE
 from vllm_ffa_fp8fp8.bench.store import Store
 from vllm_ffa_fp8fp8.commands import cli
 from vllm_ffa_fp8fp8.settings import parse_setting
@@ -24,7 +25,7 @@ from vllm_ffa_fp8fp8.settings import parse_setting
 pytest.importorskip("matplotlib")
 
 from vllm_ffa_fp8fp8.bench.pictures import canvas, draw, frontier, layers, quality  # noqa: E402
-from vllm_ffa_fp8fp8.bench.pictures.sources import read_layers, read_quality  # noqa: E402
+from vllm_ffa_fp8fp8.bench.pictures.sources import Options, read_layers, read_quality  # noqa: E402
 
 ENVIRONMENT = {"gpu": "NVIDIA H100", "torch": "2.14.0", "triton": "3.8.0", "vllm": "0.33.0"}
 SETTINGS = [
@@ -78,14 +79,15 @@ def layers_content(lengths=(4096, 16_384), **changes):
 
 def quality_content():
     settings = [
-        {"name": "default", "options": {}, "kept": None, "kl_mean": 0.0, "kl_max": 0.0},
-        {"name": "fp8 cache", "options": {}, "kept": None, "kl_mean": 0.012, "kl_max": 0.2},
+        {"name": DEFAULT, "options": None, "kept": 1.0, "kl_mean": 0.0, "kl_max": 0.0},
+        {"name": FLOOR, "options": None, "kept": 1.0, "kl_mean": 5e-4, "kl_max": 0.01},
+        {"name": FP8_CACHE, "options": None, "kept": 1.0, "kl_mean": 0.012, "kl_max": 0.2},
     ]
     for setting in SETTINGS:
         figures = {"kept": KEPT[setting.name], "kl_mean": KL[setting.name], "kl_max": 1.0}
         settings.append({"name": setting.name, "options": setting.options} | figures)
     head = {"benchmark": "quality", "environment": ENVIRONMENT, "model": "/models/some-model"}
-    return head | {"tokens": 16_000, "last": 128, "settings": settings}
+    return head | {"text": "/a/b.txt", "tokens": 16_000, "last": 128, "settings": settings}
 
 
 def write(path, content):
@@ -158,6 +160,22 @@ def test_the_frontier_is_a_curve_a_family_of_means_over_layers(file):
     assert axes.get_xscale() == "log" and axes.get_ylabel() == "microseconds of a layer"
 
 
+@pytest.mark.parametrize(
+    "text, label, family",
+    [
+        ("balanced", "balanced", "FFA_FP8FP8"),
+        ("balanced,block_size=16", "balanced", "FFA_FP8FP8, blocks of 16"),
+        ("fast,delta=7,min_context=9", "delta 7", "FFA_FP8FP8"),
+        ("delta=null,v_cache_dtype=fp8", "exact", "FFA_FP8FP8, FP8 V"),
+        ("delta=2.5,precomputed_threshold=true", "delta 2.5", "FFA_FP8FP8, precomputed_threshold"),
+    ],
+)
+def test_settings_are_named_by_family_and_value(text, label, family):
+    setting = parse_setting(text)
+    options = Options(setting.name, setting.options)
+    assert options.label == label and options.family.startswith(family)
+
+
 def test_a_setting_that_failed_in_a_layer_is_no_point(tmp_path):
     content = layers_content()
     failed = next(f for f in content["figures"] if f["setting"] == "delta=2" and f["layer"])
@@ -169,7 +187,7 @@ def test_a_setting_that_failed_in_a_layer_is_no_point(tmp_path):
 
 def test_kl_is_joined_by_options_and_at_the_nearest_length(tmp_path, file):
     content = quality_content()
-    content["settings"][4]["name"] = "delta=5.0"
+    content["settings"][5]["name"] = "delta=5.0"
     judged = read_quality(write(tmp_path / "kl.json", content))
     axes = frontier.draw_kl_frontier(file, judged).axes[0]
     assert axes.get_title() == "8 x 16,384 tokens" and "KL" in axes.get_xlabel()
@@ -184,6 +202,15 @@ def test_files_of_another_model_are_not_joined(tmp_path):
     paths.append(write(tmp_path / "kl.json", quality_content() | {"model": "another"}))
     names = {stem.name for stem in draw.draw_all(draw.read_all(paths, print), None)}
     assert "kl-kl" in names and "one-kl-frontier-kl" not in names
+
+
+def test_files_without_a_common_setting_are_told(tmp_path, capsys):
+    content = quality_content()
+    content["settings"] = content["settings"][:3]
+    paths = [write(tmp_path / "one.json", layers_content()), write(tmp_path / "kl.json", content)]
+    names = {stem.name for stem in draw.draw_all(draw.read_all(paths, print), None)}
+    assert "one-kl-frontier-kl" not in names
+    assert "kl.json share no setting" in capsys.readouterr().out
 
 
 def test_without_times_kept_is_drawn_over_the_error(tmp_path):

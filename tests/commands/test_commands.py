@@ -23,7 +23,7 @@ def test_help_and_version(capsys, arguments, words):
     assert words in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("name", ("decode", "serving", "kproj"))
+@pytest.mark.parametrize("name", cli.BENCHMARKS)
 def test_benchmarks_have_the_same_options_for_what_they_keep(capsys, name):
     with pytest.raises(SystemExit):
         cli.main(["bench", name, "--help"])

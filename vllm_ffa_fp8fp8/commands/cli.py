@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import sys
-from importlib.util import find_spec
 
 from vllm_ffa_fp8fp8 import environment
 
@@ -51,14 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
 def add_commands(
     parser: argparse.ArgumentParser, described: dict[str, str], prefix: str = ""
 ) -> argparse._SubParsersAction:
-    modules = {name: f"vllm_ffa_fp8fp8.commands.{prefix}{name}" for name in described}
-    modules = {name: module for name, module in modules.items() if find_spec(module)}
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in modules.items():
-        command = commands.add_parser(
-            name, help=described[name], description=sentence(described[name])
-        )
-        module = importlib.import_module(module)
+    for name, text in described.items():
+        command = commands.add_parser(name, help=text, description=sentence(text))
+        module = importlib.import_module(f"vllm_ffa_fp8fp8.commands.{prefix}{name}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return commands

@@ -131,7 +131,7 @@ def put_labels(picture: Figure, axes: Axes, labels: Sequence[Label]) -> None:
                 label.text, (label.x, label.y), (right, up), textcoords="offset points",
                 ha=align, fontsize=8, color=label.color,
             )  # fmt: skip
-            box = text.get_window_extent()
+            box = text.get_window_extent().padded(2)
             if (
                 not any(box.overlaps(other) for other in boxes)
                 and not any(box.contains(*point) for point in curves)

@@ -65,7 +65,9 @@ def kind_of(file: Path) -> str:
         raise ValueError(f"{file} cannot be drawn: {error}") from error
 
 
-def draw_all(sources: Sources, folder: Path | None) -> Pictures:
+def draw_all(
+    sources: Sources, folder: Path | None, tell: Callable[[str], None] = print
+) -> Pictures:
     """Pictures for `folder`, or beside the files that they are of."""
     pictures: Pictures = {}
     for environment, figures, parent in sources.decode:
@@ -74,20 +76,30 @@ def draw_all(sources: Sources, folder: Path | None) -> Pictures:
             pictures |= decode_pictures(figures, environment, (folder or parent) / name)
     for file in sources.layers:
         same_model = [q for q in sources.quality if model_name(q.model) == model_name(file.model)]
-        pictures |= layers_pictures(file, same_model, (folder or file.path.parent))
+        pictures |= layers_pictures(file, same_model, folder or file.path.parent, tell)
     for quality in sources.quality:
         picture = draw_quality(quality)
         if picture is not None:
             what = (
-                f"{model_name(quality.model)}: {quality.last} tokens behind "
-                f"{quality.tokens - quality.last:,}"
+                f"{model_name(quality.model)}, {quality.tokens:,} tokens of {text_name(quality)}, "
+                f"the last {quality.last} judged"
             )
             add_title(picture, what, quality.environment)
             pictures[(folder or quality.path.parent) / f"{quality.path.stem}-kl"] = picture
     return pictures
 
 
-def layers_pictures(file: LayersFile, judged: Sequence[QualityFile], folder: Path) -> Pictures:
+def text_name(quality: QualityFile) -> str:
+    names = [Path(name).name for name in quality.text.split(", ")]
+    return names[0] if len(names) == 1 else f"{len(names)} texts"
+
+
+def layers_pictures(
+    file: LayersFile,
+    judged: Sequence[QualityFile],
+    folder: Path,
+    tell: Callable[[str], None],
+) -> Pictures:
     shape, stem = file.shape, file.path.stem
     layers = len({figure.layer for figure in file.figures})
     title = (
@@ -98,6 +110,8 @@ def layers_pictures(file: LayersFile, judged: Sequence[QualityFile], folder: Pat
     for quality in judged:
         if picture := draw_kl_frontier(file, quality):
             drawn[f"kl-frontier-{quality.path.stem}"] = picture
+        else:
+            tell(f"{file.path} and {quality.path} share no setting that was timed and judged.")
     for family, picture in draw_over_lengths(file).items():
         drawn["-".join(filter(None, ("lengths", slug(family.partition(", ")[2]))))] = picture
     commits = {figure.commit for figure in file.figures}

@@ -19,14 +19,8 @@ from vllm_ffa_fp8fp8.bench.pictures.canvas import (
     put_labels,
     style,
 )
-from vllm_ffa_fp8fp8.bench.pictures.sources import (
-    DEFAULT,
-    FP8_CACHE,
-    LayerFigure,
-    LayersFile,
-    Options,
-    QualityFile,
-)
+from vllm_ffa_fp8fp8.bench.pictures.sources import LayerFigure, LayersFile, Options, QualityFile
+from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ def points_of(file: LayersFile, timed: bool) -> dict[Panel, list[Point]]:
     layers = {figure.layer for figure in file.figures}
     groups: dict[tuple, list[LayerFigure]] = defaultdict(list)
     for f in file.figures:
-        if not timed or f.us is not None:
+        if f.error is not None and not (timed and f.us is None):
             groups[f.length, f.batch, f.series, f.setting and f.setting.key].append(f)
     panels: dict[Panel, list[Point]] = defaultdict(list)
     for (length, batch, series, _), figures in sorted(groups.items(), key=lambda g: g[0][:2]):
@@ -93,7 +87,15 @@ def draw_kl_frontier(file: LayersFile, quality: QualityFile) -> Figure | None:
         if length == nearest
     }
     what = f"mean KL divergence from the default backend, nats, at {quality.tokens:,} tokens"
-    return draw_panels(nearest, found, what, timed=True)
+    picture = draw_panels(nearest, found, what, timed=True)
+    if picture is not None and (floor := named.get(FLOOR)):
+        for axes in picture.axes:
+            axes.axvspan(0, floor, color="#eeeeee", zorder=0)
+            axes.annotate(
+                "the default's own rounding", (floor, 0), (-3, 4), textcoords="offset points",
+                rotation=90, ha="right", fontsize=7, color="#777777",
+            )  # fmt: skip
+    return picture
 
 
 def draw_panels(

@@ -12,7 +12,8 @@ from vllm_ffa_fp8fp8.bench.pictures.canvas import (
     put_ticks,
     style,
 )
-from vllm_ffa_fp8fp8.bench.pictures.sources import FP8_CACHE, SWEPT, Judged, QualityFile
+from vllm_ffa_fp8fp8.bench.pictures.sources import SWEPT, Judged, QualityFile
+from vllm_ffa_fp8fp8.bench.quality.plan import FLOOR, FP8_CACHE
 
 UNITS = {"delta": "delta, log2 units", "tau": "tau, a share of the softmax"}
 
@@ -25,11 +26,12 @@ def draw_quality(file: QualityFile) -> Figure | None:
         return None
     families = list(dict.fromkeys(j.setting.family for j in ours))
     picture, axes = new_picture(2, len(turned), (5.5, 3.0))
-    fp8 = next((j for j in file.settings if j.name == FP8_CACHE), None)
+    named = {judged.name: judged for judged in file.settings}
+    fp8, floor = named.get(FP8_CACHE), named.get(FLOOR)
     everything = [kl for j in (*ours, *filter(None, [fp8])) for kl in (j.kl_mean, j.kl_max)]
     labels = []
     for (above, below), option in zip(axes.T, turned, strict=True):
-        named = []
+        names = []
         points = sorted((j for j in ours if j.setting.swept == option), key=value)
         for index, family in enumerate(families):
             line = [j for j in points if j.setting.family == family]
@@ -40,8 +42,8 @@ def draw_quality(file: QualityFile) -> Figure | None:
                 x, [j.kl_max for j in line], label=f"{family}, largest of a token",
                 **look | {"linestyle": ":", "markersize": 3},
             )  # fmt: skip
-            below.plot(x, [1 - (1 if j.kept is None else j.kept) for j in line], **look)
-            named += [
+            below.plot(x, [1 - j.kept for j in line], **look)
+            names += [
                 Label(value(j), j.kl_mean, j.name, look["color"]) for j in line if "=" not in j.name
             ]
         if fp8:
@@ -50,6 +52,8 @@ def draw_quality(file: QualityFile) -> Figure | None:
                 fp8.kl_max, color="#777777", linestyle=":", label="fp8 cache, largest of a token"
             )
         log_axis(above.yaxis, everything)
+        if floor:
+            above.axhspan(0, floor.kl_mean, color="#eeeeee", label="the default's own rounding")
         below.set_ylim(0, 1.02)
         for place in (above, below):
             grid(place)
@@ -59,12 +63,12 @@ def draw_quality(file: QualityFile) -> Figure | None:
                 place.set_xlim(0, 1.1 * max(map(value, points)))
                 put_ticks(place.xaxis, sorted(set(map(value, points))))
         below.set_xlabel(UNITS[option])
-        labels.append((above, named))
+        labels.append((above, names))
     axes[0][0].set_ylabel("KL divergence, nats")
     axes[1][0].set_ylabel("skipped fraction of the blocks")
     add_legend(picture)
-    for place, named in labels:
-        put_labels(picture, place, named)
+    for place, names in labels:
+        put_labels(picture, place, names)
     return picture
 
 

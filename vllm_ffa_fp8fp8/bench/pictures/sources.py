@@ -14,8 +14,6 @@ from vllm_ffa_fp8fp8.config import FFAConfig
 LAYERS, QUALITY = "layers", "quality"
 OURS = "ours"
 SERIES = {"ours": OURS, "fa3-bf16": FA3_BF16, "fa3-fp8": FA3_FP8}
-DEFAULT, FP8_CACHE = "default", "fp8 cache"
-"""Names of the settings in files of quality that are not ours."""
 NUMBER_OR_NONE = (*NUMBER, type(None))
 SWEPT = ("tau", "delta")
 """Options that make the points of a curve; the first that an option's rule uses."""
@@ -56,8 +54,9 @@ class Options:
     @property
     def label(self) -> str:
         """Of its point: a preset's name, or the value."""
-        if "=" not in self.name:
-            return self.name
+        preset, *pairs = self.name.split(",")
+        if "=" not in preset and not any(pair.startswith(f"{self.swept}=") for pair in pairs):
+            return Path(preset).stem
         return "exact" if self.value is None else f"{self.swept} {self.value:g}"
 
     @property
@@ -69,7 +68,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerFigure:
-    """One figure of `bench layers`; `setting` None for a peer, `us` None where it was not timed."""
+    """One figure of `bench layers`; `setting` None for a peer, `us` None where it was not timed;
+    `error` None of a peer that failed."""
 
     layer: int
     length: int
@@ -79,7 +79,7 @@ class LayerFigure:
     us: float | None
     kept: float
     kept_by_head: list[float]
-    error: float
+    error: float | None
     commit: str
 
 
@@ -94,11 +94,11 @@ class LayersFile:
 
 @dataclass(frozen=True)
 class Judged:
-    """One setting of `quality`; `setting` None for the reference and for an fp8 cache."""
+    """One setting of `quality`; `setting` None where it is not of ours."""
 
     name: str
     setting: Options | None
-    kept: float | None
+    kept: float
     kl_mean: float
     kl_max: float
 
@@ -108,6 +108,7 @@ class QualityFile:
     path: Path
     environment: dict[str, str]
     model: str
+    text: str
     tokens: int
     last: int
     settings: list[Judged]
@@ -141,7 +142,7 @@ def parse_layer(record: dict[str, Any]) -> LayerFigure:
         entry(record, "us", NUMBER_OR_NONE),
         entry(record, "kept", NUMBER),
         entry(record, "kept_by_head", list),
-        entry(record, "error", NUMBER),
+        entry(record, "error", NUMBER_OR_NONE),
         entry({"commit": ""} | record, "commit", str),
     )
 
@@ -157,7 +158,7 @@ def read_quality(path: Path) -> QualityFile:
         return QualityFile(
             path,
             environment,
-            entry(content, "model", str),
+            *(entry(content, name, str) for name in ("model", "text")),
             *(entry(content, name, int) for name in ("tokens", "last")),
             [parse_judged(record) for record in entry(content, "settings", list)],
         )
@@ -167,13 +168,10 @@ def read_quality(path: Path) -> QualityFile:
 
 def parse_judged(record: dict[str, Any]) -> Judged:
     name, options = entry(record, "name", str), record.get("options")
-    ours = name not in (DEFAULT, FP8_CACHE)
     return Judged(
         name,
-        Options(name, entry(record, "options", dict)) if ours else None,
-        entry({"kept": options} | record, "kept", NUMBER_OR_NONE),
-        entry(record, "kl_mean", NUMBER),
-        entry(record, "kl_max", NUMBER),
+        Options(name, entry(record, "options", dict)) if options else None,
+        *(entry(record, key, NUMBER) for key in ("kept", "kl_mean", "kl_max")),
     )
 
 
