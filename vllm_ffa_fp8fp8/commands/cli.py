@@ -10,9 +10,10 @@ DESCRIPTION = (
     "Checks, shows and measures FFA_FP8FP8, an attention backend for vLLM that reads less memory "
     "where it decodes over long contexts. `ffa-fp8fp8 COMMAND --help` lists a command's options."
 )
-BENCH = (
-    "time it beside FlashAttention. What is measured is kept as JSON and reused by later runs of "
-    "the same code on such a GPU with such versions; `ffa-fp8fp8 plot` draws it."
+BENCH = "time kernels, layers or a model beside FlashAttention"
+ALL_BENCHMARKS = (
+    "What is measured is kept as JSON and reused by later runs of the same code on such a GPU with "
+    "such versions; `ffa-fp8fp8 plot` draws it."
 )
 COMMANDS = {
     "doctor": "say what this machine has, which path would run, and what is missing",
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     version = environment.version_of(environment.PROJECT) or "(not installed)"
     parser.add_argument("--version", action="version", version=f"{environment.PROJECT} {version}")
     commands = add_commands(parser, COMMANDS)
-    bench = commands.add_parser("bench", help="time it beside FlashAttention", description=BENCH)
+    description = f"{sentence(BENCH)} {ALL_BENCHMARKS}"
+    bench = commands.add_parser("bench", help=BENCH, description=description)
     add_commands(bench, BENCHMARKS, "bench_")
     name, _, benchmark = (arguments or [""])[0].partition("-")
     if name == "bench" and benchmark in BENCHMARKS:
