@@ -188,6 +188,21 @@ def test_what_rounding_may_decide_is_allowed_for():
     assert torch.equal(lower, rule.block_weights(scores, config(delta=4.0)))
 
 
+def test_rounded_scores_move_outputs_as_far_as_is_allowed_for():
+    head = rule.Head(choose_steps(layer(), LENGTH), 0, 0)
+    scores, sizes = head.scores(head.key), head.scores(head.key.abs(), head.query.abs())
+    exact, softmax = head.exact()
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for _ in range(50):
+        noise = torch.randn(scores.shape, generator=generator) * sizes * rule.SCORE_ROUNDING
+        weights = torch.softmax((scores + noise) * math.log(2), -1)
+        moved.append((head.average(weights, head.value) - exact).norm(dim=-1))
+    found = torch.stack(moved).square().mean(0).sqrt()
+    expected = head._noise(softmax * sizes, head.value, exact)
+    assert torch.allclose(found, expected, rtol=0.25)
+
+
 def test_dense_layers_are_not_pruned():
     options = config(dense_layers=(0, -1)).to_dict()
     prunes = [

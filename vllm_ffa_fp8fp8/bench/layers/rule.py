@@ -25,9 +25,10 @@ PAGE_SIZE = 64
 FP8 = torch.float8_e4m3fn
 FP8_WEIGHT_SCALE = 256.0
 """FlashAttention 3 multiplies softmax weights with it before it rounds them to E4M3."""
-SCORE_ROUNDING = 2.0**-10
-"""By how much a kernel's base score may be off, as a fraction of the sum of its products' sizes."""
-SMALLEST_ROUNDING = 1e-3
+SCORE_ROUNDING, MOST_SCORE_ROUNDING = 2.0**-11, 2.0**-9
+"""By how much a kernel's score is off, in the root mean square and at most, as a fraction of the
+sum of its products' sizes: Hopper adds E4M3 products to 14 bits of the largest."""
+LEAST_SCORE_ROUNDING = 1e-3
 """The same in log2 units, at least."""
 
 
@@ -42,8 +43,8 @@ class Outcome:
             block.
         num_blocks: blocks of a step.
         dropped: softmax mass of the blocks that were not read, `[steps, num_heads]`.
-        slack: by how much decisions that rounding may change move the output, `[steps,
-            num_heads]`, Euclidean; 0 where outputs are rounded as a kernel's.
+        slack: by how much rounded scores may move the output, and the decisions that follow from
+            them, `[steps, num_heads]`, Euclidean; 0 where outputs are rounded as a kernel's.
     """
 
     output: torch.Tensor
@@ -161,32 +162,46 @@ class Head:
         scores = {False: base_scores, True: self.scores(whole_key)}
         values = {"auto": self.value}
         values["fp8"] = join_value_reference(*round_value_reference(self.value), torch.float64)
-        sizes = (self.query.double().abs() @ base_key.abs().mT).amax(-1) * self.scale
-        margin = sizes * SCORE_ROUNDING + SMALLEST_ROUNDING
+        sizes = self.scores(base_key.abs(), self.query.abs())
         return [
             self._outcome(
-                exact, base_scores, margin, scores[c.use_fp8_residual], values[c.v_cache_dtype], c,
+                exact, base_scores, sizes, scores[c.use_fp8_residual], values[c.v_cache_dtype], c,
                 rounded,
             )
             for c in configs
         ]  # fmt: skip
 
-    def _outcome(self, exact, base_scores, margin, scores, value, config, rounded) -> Outcome:
+    def _outcome(self, exact, base_scores, sizes, scores, value, config, rounded) -> Outcome:
         size = block_size_of(config)
+        margin = sizes.amax(-1) * MOST_SCORE_ROUNDING + LEAST_SCORE_ROUNDING
         read, least, most = (
             block_weights(base_scores, config, by * margin) for by in (0.0, -1.0, 1.0)
         )
-        output, ends = self._attend(scores, value, read, size, rounded), []
+        output, slack = self._attend(scores, value, read, size, rounded), torch.zeros_like(margin)
         if not rounded:
             ends = [self._attend(scores, value, w, size, rounded) for w in (least, most)]
+            slack = 2 * (ends[1] - ends[0]).norm(dim=-1)
+            slack += 3 * self._noise(exact * sizes, value, output)
         counts = ((weights > 0).sum(1, keepdim=True) for weights in (read, least, most))
         return Outcome(
             output,
             *counts,
             num_blocks=read.shape[1],
             dropped=(exact * (self._of_tokens(read, size) == 0)).sum(-1),
-            slack=2 * (ends[1] - ends[0]).norm(dim=-1) if ends else torch.zeros_like(margin),
+            slack=slack,
         )
+
+    def _noise(self, weights, value, output) -> torch.Tensor:
+        """By how much scores move an output, of which each is off by itself, `[steps, group]`; the
+        root mean square. `weights`: of the softmax, times the sizes of scores."""
+        squares = value.double().square().sum(-1, keepdim=True)
+        moments = torch.cat([squares, value.double(), torch.ones_like(squares)], -1)
+        square, cross, total = self.average(weights.square(), moments).split(
+            [1, value.shape[-1], 1], -1
+        )
+        spread = square - 2 * (cross * output).sum(-1, keepdim=True)
+        spread += total * output.square().sum(-1, keepdim=True)
+        return math.log(2) * SCORE_ROUNDING * spread[..., 0].clamp(min=0).sqrt()
 
     def _attend(self, scores, value, weights, block_size: int, rounded: bool) -> torch.Tensor:
         """Attention to the tokens of blocks whose weight is not 0, `[steps, group, head_size]`."""
