@@ -219,6 +219,9 @@ def test_without_times_kept_is_drawn_over_the_error(tmp_path):
     assert axes.get_ylabel() == "kept fraction"
     assert [kept for _, kept in curves(axes)["FFA_FP8FP8"]] == [1, 0.5, 0.15, 0.06]
     assert layers.draw_over_lengths(file) == {}
+    judged = read_quality(write(tmp_path / "kl.json", quality_content()))
+    (axes,) = frontier.draw_kl_frontier(file, judged).axes
+    assert curves(axes)["FFA_FP8FP8"][0] == [4e-4, 1] and axes.get_ylabel() == "kept fraction"
 
 
 def test_speedups_are_over_the_peers_of_the_same_length(file):

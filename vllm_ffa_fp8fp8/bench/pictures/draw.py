@@ -111,7 +111,7 @@ def layers_pictures(
         if picture := draw_kl_frontier(file, quality):
             drawn[f"kl-frontier-{quality.path.stem}"] = picture
         else:
-            tell(f"{file.path} and {quality.path} share no setting that was timed and judged.")
+            tell(f"{file.path} and {quality.path} share no setting: latency is not drawn over KL.")
     for family, picture in draw_over_lengths(file).items():
         drawn["-".join(filter(None, ("lengths", slug(family.partition(", ")[2]))))] = picture
     commits = {figure.commit for figure in file.figures}

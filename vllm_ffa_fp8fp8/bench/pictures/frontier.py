@@ -54,13 +54,20 @@ def points_of(file: LayersFile, timed: bool) -> dict[Panel, list[Point]]:
     return dict(panels)
 
 
-def draw_frontiers(file: LayersFile) -> dict[int, Figure]:
-    """By length: latency over the output's error, a panel for each batch; without times, as on a
-    CPU, the kept fraction over it."""
+def panels_of(file: LayersFile) -> tuple[bool, dict[int, dict[int, list[Point]]]]:
+    """Whether anything was timed, and points by length and batch: batch 0 where nothing was, as on
+    a CPU, since what is kept does not depend on it."""
     timed = any(figure.us is not None for figure in file.figures)
     by_length: dict[int, dict[int, list[Point]]] = defaultdict(dict)
     for (length, batch), points in points_of(file, timed).items():
         by_length[length][batch if timed else 0] = points
+    return timed, by_length
+
+
+def draw_frontiers(file: LayersFile) -> dict[int, Figure]:
+    """By length: latency over the output's error, a panel for each batch; where nothing was timed,
+    the kept fraction over it."""
+    timed, by_length = panels_of(file)
     drawn = {
         length: draw_panels(length, panels, "relative error of the output, 2-norm", timed)
         for length, panels in by_length.items()
@@ -69,25 +76,24 @@ def draw_frontiers(file: LayersFile) -> dict[int, Figure]:
 
 
 def draw_kl_frontier(file: LayersFile, quality: QualityFile) -> Figure | None:
-    """Latency over KL divergence, at the length that is nearest to the text's."""
+    """The same over KL divergence, at the length that is nearest to the text's."""
     judged = {j.setting.key: j.kl_mean for j in quality.settings if j.setting}
     named = {j.name: j.kl_mean for j in quality.settings if not j.setting}
     kl = {FA3_BF16: named.get(DEFAULT), FA3_FP8: named.get(FP8_CACHE)}
-    panels = points_of(file, timed=True)
-    if not panels:
+    timed, by_length = panels_of(file)
+    if not by_length:
         return None
-    nearest = min((length for length, _ in panels), key=lambda n: abs(n - quality.tokens))
+    nearest = min(by_length, key=lambda length: abs(length - quality.tokens))
     found = {
         batch: [
             Point(p.setting, p.series, p.cost, error)
             for p in points
             if (error := judged.get(p.setting.key) if p.setting else kl[p.series]) is not None
         ]
-        for (length, batch), points in panels.items()
-        if length == nearest
+        for batch, points in by_length[nearest].items()
     }
     what = f"mean KL divergence from the default backend, nats, at {quality.tokens:,} tokens"
-    picture = draw_panels(nearest, found, what, timed=True)
+    picture = draw_panels(nearest, found, what, timed)
     if picture is not None and (floor := named.get(FLOOR)):
         for axes in picture.axes:
             axes.axvspan(0, floor, color="#eeeeee", zorder=0)
