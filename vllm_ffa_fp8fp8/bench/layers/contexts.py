@@ -32,12 +32,14 @@ class Steps:
         request, step = self.chosen[place % len(self.chosen)]
         return decode_step(self.requests[request], step, self.length)
 
-    def to(self, device: str) -> "Steps":
-        requests = [
-            RecordedRequest(*(t.to(device) for t in (r.query, r.key, r.value)), None)
-            for r in self.requests
-        ]
-        return replace(self, requests=requests)
+
+def on_device(layer: RecordedLayer, device: str) -> RecordedLayer:
+    """The layer there, without its hidden states."""
+    requests = [
+        RecordedRequest(*(tensor.to(device) for tensor in (r.query, r.key, r.value)), None)
+        for r in layer.requests
+    ]
+    return replace(layer, requests=requests)
 
 
 def choose_steps(layer: RecordedLayer, length: int) -> Steps:

@@ -7,7 +7,13 @@ from itertools import groupby
 from typing import Any
 
 from vllm_ffa_fp8fp8.bench.files import Records
-from vllm_ffa_fp8fp8.bench.layers.contexts import Steps, choose_steps, main_shape, with_heads
+from vllm_ffa_fp8fp8.bench.layers.contexts import (
+    Steps,
+    choose_steps,
+    main_shape,
+    on_device,
+    with_heads,
+)
 from vllm_ffa_fp8fp8.bench.layers.device import PEERS, measure_peers, measure_settings
 from vllm_ffa_fp8fp8.bench.layers.rule import compute, relative
 from vllm_ffa_fp8fp8.bench.recording.store import Recording, digest_of
@@ -18,7 +24,10 @@ from vllm_ffa_fp8fp8.settings import Setting
 OURS = "ours"
 WHOLE = {"kept": 1.0, "kept_by_head": [], "dropped_mass": 0.0, "failed": None, "us": None}
 """What is known of a kernel that reads everything."""
-OUR_FILES = ("contexts.py", "device.py", "layouts.py", "measure.py", "rule.py")
+OUR_FILES = (
+    "contexts.py", "decoder.py", "device.py", "inputs.py", "layouts.py", "measure.py", "rule.py",
+    "timing.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,8 @@ def measure(
             due = [point for point, record in found.items() if record is None]
             if due:
                 tell(f"layer {layer}, {length:,} tokens: {len(due)} of {len(found)} to measure")
-                loaded = loaded or with_heads(recording.load(layer), heads)
-                steps = choose_steps(loaded, length).to(device)
+                loaded = loaded or with_heads(on_device(recording.load(layer), device), heads)
+                steps = choose_steps(loaded, length)
                 for point, figure in measure_steps(steps, due, recording.header.num_layers):
                     found[point] = records.put(point.key(digest), figure, codes[point.series])
                 records.save()
