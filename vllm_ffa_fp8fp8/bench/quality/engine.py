@@ -149,7 +149,9 @@ class Run:
         texts, last = self.job["texts"], self.job["last"]
         tokens = texts[number]
         place = f"text {number + 1} of {len(texts)}, {len(tokens):,} tokens"
-        self.tell(f"{self.run['name']}: {place}")
+        if len(self.job["runs"]) > 1:
+            place = f"{self.run['name']}, {place}"
+        self.tell(place)
         figures = Path(self.job["folder"], "figures")
         np.full((last, len(FIGURES)), np.nan).tofile(figures)
         text = JudgedText(tokens[-last - 1 :], len(tokens) - last - 1)
@@ -165,7 +167,7 @@ class Run:
         self.generate(tokens, [text] * (self.run["copies"] - 1) + [judged])
         found = np.fromfile(figures).reshape(last, -1)
         if np.isnan(found).any():
-            raise RuntimeError(f"{self.run['name']}, {place}: distributions are missing or NaN")
+            raise RuntimeError(f"{place}: distributions are missing or NaN")
         return {"figures": found.tolist(), "layers": self.count_blocks(text)}
 
     def generate(self, tokens: list[int], texts: list[JudgedText]) -> None:
