@@ -9,11 +9,11 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-fast serve doctor lint check-compiled tables gpu-test bench bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo eval test test-fast serve doctor lint check-compiled tables gpu-test bench bench-decode bench-serving bench-kproj clean
 
 help:
-	@echo "make setup | demo | test | test-fast | serve | doctor | lint | check-compiled | tables | gpu-test | bench | clean"
-	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, ARGS='...' adds arguments."
+	@echo "make setup | demo | eval | test | test-fast | serve | doctor | lint | check-compiled | tables | gpu-test | bench | clean"
+	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, MODEL=... the model of demo, eval and serve, ARGS='...' adds arguments."
 
 setup: $(READY)
 
@@ -22,7 +22,10 @@ $(READY): pyproject.toml scripts/setup.sh scripts/prepare_cpu.py
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/ffa-fp8fp8 demo $(ARGS)
+	@$(BIN)/ffa-fp8fp8 demo --model $(MODEL) $(ARGS)
+
+eval: $(READY)
+	@$(BIN)/ffa-fp8fp8 eval --model $(MODEL) $(ARGS)
 
 doctor: $(READY)
 	@$(BIN)/ffa-fp8fp8 doctor

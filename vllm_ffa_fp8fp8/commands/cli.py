@@ -18,6 +18,7 @@ ALL_BENCHMARKS = (
 COMMANDS = {
     "doctor": "say what this machine has, which path would run, and what is missing",
     "demo": "ask for codes hidden in a long file, with FFA_FP8FP8 and with vLLM's default backend",
+    "eval": "score a model's answers with settings of FFA_FP8FP8 and without, by tasks of lm-eval",
     "record": "save what a model's attention layers see on your prompts, for `bench layers`",
     "quality": "compare next-token distributions with the default backend's on your text",
     "plot": "draw what bench and quality measured",

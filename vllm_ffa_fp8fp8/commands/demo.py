@@ -6,7 +6,7 @@ from rich.console import Console
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.bench.report import console
-from vllm_ffa_fp8fp8.commands.demo_engine import generate
+from vllm_ffa_fp8fp8.commands.demo_engine import arguments_of, generate
 from vllm_ffa_fp8fp8.commands.demo_model import (
     MODEL,
     max_positions,
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clone)",
     )  # fmt: skip
     add_setting_arguments(parser)
+    smaller = " and ".join(map(str, SMALLER_DELTAS))
+    parser.epilog = f"Without a setting: the options in force, and delta {smaller}."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     screen = console()
     tell_questions(screen, questions, longest)
     shared = {"model": model, "max_model_len": longest + ANSWER_ROOM, "seed": 0}
-    engines = {DEFAULT_BACKEND: {}} | {s.name: engine_arguments(s) for s in settings}
+    engines = {DEFAULT_BACKEND: {}} | {s.name: arguments_of(s) for s in settings}
     results = {}
     for name, arguments in engines.items():
         job = {"llm": shared | arguments, "prompts": [question.prompt for question in questions]}
@@ -95,15 +97,6 @@ def demo_settings(options: argparse.Namespace) -> list[Setting]:
     if options.settings:
         return settings
     return settings + [parse_setting(f"delta={delta}") for delta in SMALLER_DELTAS]
-
-
-def engine_arguments(setting: Setting) -> dict:
-    """Arguments of LLM that make it run with a setting and count what it skips."""
-    return {
-        "attention_backend": "FFA_FP8FP8",
-        "worker_extension_cls": "vllm_ffa_fp8fp8.stats.WorkerExtension",
-        "additional_config": {"ffa_fp8fp8": setting.options | {"record_skip_ratio": True}},
-    }
 
 
 def tell_questions(screen: Console, questions: list[Question], longest: int) -> None:

@@ -1,9 +1,19 @@
-"""The demo's job in an engine's own process: questions to a model, and figures of the run."""
+"""The demo's engines, and its job in each one's process: questions to a model, figures of a run."""
 
 import time
 from typing import Any
 
 from vllm_ffa_fp8fp8.integration.compat import backend_names
+from vllm_ffa_fp8fp8.settings import Setting
+
+
+def arguments_of(setting: Setting) -> dict[str, Any]:
+    """Arguments of LLM that make it run with a setting and count what it skips."""
+    return {
+        "attention_backend": "FFA_FP8FP8",
+        "worker_extension_cls": "vllm_ffa_fp8fp8.stats.WorkerExtension",
+        "additional_config": {"ffa_fp8fp8": setting.options | {"record_skip_ratio": True}},
+    }
 
 
 def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:

@@ -103,16 +103,20 @@ def draw_lookalikes(words: list[str], each: int, rng: random.Random) -> list[str
 
 
 def lines_that_fit(
-    tokens: int, count_tokens: Callable[[str], int], first_line: int = 0
+    tokens: int,
+    count_tokens: Callable[[str], int],
+    first_line: int = 0,
+    lines: list[str] | None = None,
 ) -> list[str]:
-    """Lines of source from `first_line` on, modulo their number. Raises ValueError."""
-    source = source_lines()
-    first_line %= len(source)
-    lines: list[str] = []
-    for line in source[first_line:] + source[:first_line]:
+    """As many of the `lines` (the source's) from `first_line` on, and from the first one behind the
+    last one, as take that many tokens. Raises ValueError where they are too few."""
+    lines = source_lines() if lines is None else lines
+    first_line %= len(lines)
+    fitting: list[str] = []
+    for line in lines[first_line:] + lines[:first_line]:
         # A tokenizer joins a newline with the indentation after it.
         tokens -= count_tokens("\n" + line.rstrip("\n"))
         if tokens < 0:
-            return lines
-        lines.append(line)
-    raise ValueError("the standard library is too short for so many tokens: use fewer --tokens")
+            return fitting
+        fitting.append(line)
+    raise ValueError("the text at hand is too short for so many tokens: use fewer --tokens")
