@@ -190,9 +190,9 @@ def run_of(*answers: str, **more) -> dict:
 @pytest.mark.parametrize(
     "default, first, second, exit_code, told",
     [
-        (RIGHT, RIGHT, RIGHT, 0, "balanced has all 1 right answers"),
-        (RIGHT, RIGHT, WRONG, 0, "balanced has all 1"),
-        (RIGHT, WRONG, RIGHT, 1, "balanced loses 1 of the default backend's 1"),
+        (RIGHT, RIGHT, RIGHT, 0, "balanced has 1 of the default backend's 1 right answer."),
+        (RIGHT, RIGHT, WRONG, 0, "balanced has 1 of"),
+        (RIGHT, WRONG, RIGHT, 1, "balanced has 0 of the default backend's 1 right answer."),
         (WRONG, RIGHT, RIGHT, 1, "The default backend answers nothing"),
     ],
 )

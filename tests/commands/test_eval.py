@@ -44,7 +44,8 @@ def test_tasks_ask_at_every_length_that_the_model_takes(load_task, name, each):
     assert [document["length"] for document in documents[:2]] == ["2000", "4000"]
     assert len({document["prompt"] for document in documents}) == len(documents)
     for document in documents:
-        assert 0.95 * int(document["length"]) < count(task.doc_to_text(document)) < 4000
+        length = int(document["length"])
+        assert 0.97 * length < count(task.doc_to_text(document)) <= 1.01 * length
 
 
 @pytest.mark.parametrize("name", GENERATING)
@@ -73,9 +74,14 @@ def test_losses_are_nats_a_token(load_task, name):
     task = load_task(name)
     document = task.eval_docs[0]
     tokens = token_counter(MODEL)(task.doc_to_target(document))
-    assert 1700 < tokens <= 2000
+    assert 1940 < tokens <= 2040
     assert task.process_results(document, [-3.0 * tokens]) == {"2000": 3.0}
     assert task.higher_is_better()["2000"] is False
+
+
+def test_answers_have_room(load_task):
+    for name in GENERATING:
+        assert load_task(name).config.generation_kwargs["max_gen_toks"] < eval_tasks.ANSWER_ROOM
 
 
 def test_a_model_that_takes_no_length_is_told(load_task):
@@ -204,6 +210,7 @@ def test_a_setting_that_does_not_run_fails_and_others_are_shown(fake_engines, ca
         (["--lengths", "2000", "32600"], "--lengths 32600 is too long: the model takes 32,768"),
         (["--lengths", "500"], "--lengths 500 is too short for balanced to skip anything"),
         (["--limit", "-1"], "--limit is 1 or more, not -1"),
+        (["--limit", "0"], "--limit is 1 or more, not 0"),
         (["--model", "no/such-model"], "no/such-model is neither a model's folder nor the name"),
         (["--engine-args", "dtype"], "--engine-args are KEY=VALUE"),
         (["--json", "/"], "--json"),

@@ -29,7 +29,7 @@ def generate(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     if records_skips:
         llm.collective_rpc("ffa_skip_stats")  # reading starts a new count
     first, *others = job["prompts"]
-    tell("reading the file and answering the first question")
+    tell(f"reading the file and answering the {'first ' if others else ''}question")
     start = time.perf_counter()
     outputs = llm.generate(first, sampling, use_tqdm=False)
     first_seconds = time.perf_counter() - start

@@ -27,11 +27,9 @@ def report(screen: Console, questions: list[Question], results: dict[str, dict[s
         return 1
     lost = reference - ours[0]
     name = list(results)[1]
-    screen.print(
-        f"{name} loses {len(lost)} of the default backend's {len(reference)} right answers."
-        if lost
-        else f"{name} has all {len(reference)} right answers of the default backend."
-    )
+    kept, all_right = len(reference) - len(lost), len(reference)
+    answers = "answer" if all_right == 1 else "answers"
+    screen.print(f"{name} has {kept} of the default backend's {all_right} right {answers}.")
     screen.print(
         "A smaller delta keeps fewer blocks, until answers get lost. Your own model and text:\n"
         "`ffa-fp8fp8 quality` says what a setting changes, `ffa-fp8fp8 eval` what it answers."

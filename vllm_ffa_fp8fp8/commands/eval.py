@@ -85,8 +85,10 @@ def eval_settings(options: argparse.Namespace) -> list[Setting]:
 def make_job(options: argparse.Namespace, settings: list[Setting]) -> dict[str, Any]:
     """What `evaluate` takes, for all engines. Raises ValueError."""
     on_cpu = environment.is_cpu_build()
-    limit = options.limit or (CPU_LIMIT if on_cpu else None)
-    if limit is not None and limit < 1:
+    limit = options.limit
+    if limit is None and on_cpu:
+        limit = CPU_LIMIT
+    elif limit is not None and limit < 1:
         raise ValueError(f"--limit is 1 or more, not {limit}")
     folder = model_folder(options.model)
     asked = options.lengths or (CPU_LENGTHS if on_cpu else LENGTHS)

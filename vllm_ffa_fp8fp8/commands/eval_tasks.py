@@ -25,13 +25,17 @@ NOTES = 10
 LOOKALIKES = 3
 ITEMS = 24
 ITEM = '    "{}",\n'
-ANSWER_ROOM = 300
-"""Tokens after a prompt, at least what the tasks' `max_gen_toks` say."""
+ANSWER_ROOM = 192
+"""Tokens after a prompt, more than what the tasks' `max_gen_toks` say."""
+MARGIN = 0.005
+"""Fraction of a length that prompts are aimed below it."""
 LEAST_PROSE = 2_000
 """Characters of a description that is more than a note."""
 
 CountTokens = Callable[[str], int]
 Document = dict[str, Any]
+Make = Callable[[int, CountTokens, float, int], Iterable[Document]]
+"""Documents of about so many tokens, of text from a fraction of all on, and a seed."""
 
 
 def retrieval(**arguments: Any) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def prose(**arguments: Any) -> dict[str, Any]:
 
 
 def dataset(
-    make: Callable[[int, CountTokens, float, int], Iterable[Document]],
+    make: Make,
     lengths: Iterable[int],
     texts: int,
     pretrained: str = "",
@@ -77,11 +81,19 @@ def dataset(
     count = token_counter(folder)
     documents = []
     for seed in range(texts):
-        asked = [make(length, count, seed / texts, seed) for length in fitting]
+        asked = [of_length(make, length, count, seed / texts, seed) for length in fitting]
         for row in zip(*asked, strict=True):  # the first few are of all lengths
             named = zip(fitting, row, strict=True)
             documents += [{"length": str(length)} | document for length, document in named]
     return {"test": Dataset.from_list(documents)}
+
+
+def of_length(
+    make: Make, tokens: int, count: CountTokens, begin: float, seed: int
+) -> Iterable[Document]:
+    """Made twice: lines are counted one by one, which are fewer tokens together."""
+    first = next(iter(make(tokens, count, begin, seed)))["prompt"]
+    return make(int(tokens * (2 - MARGIN)) - count(first), count, begin, seed)
 
 
 def fitting_lengths(lengths: Iterable[int], most: float) -> list[int]:
