@@ -5,7 +5,8 @@ from .cache.kv_write import write_kv
 from .cache.page_layout import KVPlanes, PageLayout
 from .decode.attention import decode_attention
 from .decode.dense import attn_forward_decode_fp8fp8
-from .decode.plan import DecodeLimits, DecodePlan, DecodeScratch
+from .decode.limits import DecodeLimits
+from .decode.plan import DecodePlan, DecodeScratch
 from .projection.project_write import ProjectionScratch, project_rope_and_write
 from .projection.qkv_heads import QKVHeads
 from .projection.rope_write import rope_and_write

@@ -2,11 +2,14 @@
 kernels; the CPU path runs on those of decode, write and gather."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from .cache.page_layout import RESIDUAL_SCALE, KVPlanes
+from .counters import SHARE_UNITS
+from .share_reference import Choice, choose_blocks_reference
 
 
 def _widen(key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -152,7 +155,10 @@ def decode_attention_reference(
     *,
     block_size: int,
     scale: float,
-    delta: torch.Tensor | None,
+    delta: torch.Tensor | None = None,
+    tau: torch.Tensor | None = None,
+    layer: int = 0,
+    dealt: Sequence[Mapping[str, int]] | None = None,
     query_start_loc: torch.Tensor | None = None,
     min_context: int = 0,
     anchor_tokens: int = 16,
@@ -161,6 +167,8 @@ def decode_attention_reference(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`decode_attention` in PyTorch, in `dtype`; every length is 0 or at least that of the query.
+
+    `dealt`: how programs share each request, arguments of `choose_blocks_reference`.
 
     Returns the output, shaped like `query`, in `dtype` and, for each request, which blocks each KV
     head kept, bool `[num_kv_heads, num_blocks]`.
@@ -188,21 +196,34 @@ def decode_attention_reference(
         value_exponent = _tokens(planes.value_exponent, pages, seq_len)
         rows = _group_rows(query[new].to(dtype), num_kv_heads)
         unseen = _unseen(seq_len, query_len, rows.shape[1], query.device)
-        margin = math.inf if delta is None else float(delta[request % delta.shape[0]])
-        if margin < math.inf and seq_len >= min_context:
+        limit = delta if tau is None else tau
+        limit = math.inf if limit is None else float(limit[request % limit.shape[0]])
+        counts = torch.zeros(rows.shape[:2] + (1,), dtype=dtype, device=query.device)
+        choice = None
+        if limit < math.inf and seq_len >= min_context:
             scores = rows @ _widen(base, dtype).mT * scale_log2
             if exponent is not None:
                 scores = scores * _power_of_two(exponent, dtype).mT
             scores = scores.masked_fill(unseen, -math.inf)
-            if precomputed_threshold is None:
-                first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]
-                threshold = torch.maximum(first.amax(-1), last.amax(-1)) - margin
+            if tau is not None:
+                shared = dealt[request] if dealt else {}
+                choice = choose_blocks_reference(
+                    scores, query_len, limit, block_size=block_size, layer=layer,
+                    anchor_tokens=anchor_tokens, **shared,
+                )
+                keep[:] = (choice.weights > -math.inf).any(1)
+                counts = choice.weights.repeat_interleave(rows.shape[1] // query_len, dim=1)
+                counts = counts.repeat_interleave(block_size, dim=2)[..., :seq_len]
             else:
-                threshold = _group_rows(precomputed_threshold[new].to(dtype), num_kv_heads)
-            above = (scores >= threshold[..., None]).any(1)  # [num_kv_heads, seq_len]
-            above = F.pad(above, (0, num_blocks * block_size - seq_len))
-            keep[:] = above.view(num_kv_heads, num_blocks, block_size).any(-1)
-            keep[:, (seq_len - query_len) // block_size :] = True
+                if precomputed_threshold is None:
+                    first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]
+                    threshold = torch.maximum(first.amax(-1), last.amax(-1)) - limit
+                else:
+                    threshold = _group_rows(precomputed_threshold[new].to(dtype), num_kv_heads)
+                above = (scores >= threshold[..., None]).any(1)  # [num_kv_heads, seq_len]
+                above = F.pad(above, (0, num_blocks * block_size - seq_len))
+                keep[:] = above.view(num_kv_heads, num_blocks, block_size).any(-1)
+                keep[:, (seq_len - query_len) // block_size :] = True
         tokens = keep.repeat_interleave(block_size, dim=1)[:, :seq_len]
         result = torch.empty_like(rows)
         for head in range(num_kv_heads):
@@ -214,7 +235,9 @@ def decode_attention_reference(
                 planes.residual_scale,
                 dtype,
             )
-            scores = (rows[head] @ key.mT * scale).masked_fill(unseen[:, chosen], -math.inf)
+            scores = rows[head] @ key.mT * scale
+            scores += counts[head].expand(-1, seq_len)[:, chosen] * math.log(2)
+            scores = scores.masked_fill(unseen[:, chosen], -math.inf)
             chosen_value = join_value_reference(
                 _rows(value, head, chosen), _rows(value_exponent, head, chosen), dtype
             )
@@ -224,9 +247,22 @@ def decode_attention_reference(
             if seq_len < min_context:
                 counters[:, 2] += num_blocks
             else:
-                counters[:, 0] += keep.sum(1)
-                counters[:, 1] += num_blocks
+                _count(counters, keep, choice, query_len)
     return output, kept_blocks
+
+
+def _count(
+    counters: torch.Tensor, keep: torch.Tensor, choice: Choice | None, query_len: int
+) -> None:
+    counters[:, 0] += keep.sum(1)
+    counters[:, 1] += keep.shape[1]
+    counters[:, 6] += query_len
+    if choice is not None:
+        units = (choice.left * SHARE_UNITS).long()
+        most = (units.amax(1) * units.shape[1] // query_len).clamp(max=SHARE_UNITS)
+        counters[:, 3] += choice.drawn.sum(1)
+        counters[:, 4] += units.sum(1)
+        counters[:, 5] = torch.maximum(counters[:, 5], most)
 
 
 def prefill_attention_reference(

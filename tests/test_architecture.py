@@ -11,14 +11,19 @@ PACKAGE = "vllm_ffa_fp8fp8"
 ROOMS = (  # lower ones first; a room may import itself and those before it
     ("kernels",),
     ("configs",),
-    ("envs", "registry", "environment", "config", "settings"),
+    ("envs", "registry", "environment", "option_values", "config", "settings"),
     ("integration",),
     ("attention",),
     ("bench",),
     ("commands",),
     ("plugin", "stats", "__main__", "__init__"),  # how others come in
 )
-KERNEL_ROOMS = (("runtime",), ("cache",), ("reference",), ("decode", "projection"))
+KERNEL_ROOMS = (
+    ("runtime", "counters", "share_reference"),
+    ("cache",),
+    ("reference",),
+    ("decode", "projection"),
+)
 
 
 def modules(folder: Path, package: str) -> dict[str, Path]:

@@ -14,9 +14,13 @@ from vllm_ffa_fp8fp8.config import FFAConfig, preset_names
 BAD_OPTIONS = {
     "unknown key": (
         {"detla": 3.0},
-        ["'detla' = 3.0", "did you mean 'delta'?", "delta, block_size, use_fp8_residual"],
+        [
+            "'detla' = 3.0",
+            "did you mean 'delta'?",
+            "rule, delta, tau, block_size",
+        ],
     ),
-    "unknown key unlike any": ({"xyz": 1}, ["'xyz' = 1", "allowed are delta"]),
+    "unknown key unlike any": ({"xyz": 1}, ["'xyz' = 1", "allowed are rule"]),
     "delta negative": ({"delta": -1}, ["'delta' = -1 (int)", "a number >= 0"]),
     "delta not a number": ({"delta": math.nan}, ["'delta' = nan", "a number >= 0"]),
     "delta text": ({"delta": "10"}, ["'delta' = '10' (str)", "a number >= 0", "null"]),

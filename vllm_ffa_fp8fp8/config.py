@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import resources
@@ -12,68 +12,11 @@ from typing import Any
 import yaml
 
 from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8 import option_values as values
+from vllm_ffa_fp8fp8.option_values import RULES
 
 ADDITIONAL_CONFIG_KEY = "ffa_fp8fp8"
 DEFAULT_PRESET = "balanced"
-BLOCK_SIZES = (16, 32, 64, 128)
-V_CACHE_DTYPES = ("auto", "fp8")
-FUSED_KPROJ = ("auto", "on", "off")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _delta(value: object) -> float:
-    if value is None:
-        return math.inf
-    if (_is_int(value) or isinstance(value, float)) and value >= 0:
-        return float(value)  # OverflowError for an integer that no float holds
-    raise ValueError
-
-
-def _block_size(value: object) -> int | None:
-    if value is None or (_is_int(value) and value in BLOCK_SIZES):
-        return value
-    raise ValueError
-
-
-def _v_cache_dtype(value: object) -> str:
-    if isinstance(value, str) and value in V_CACHE_DTYPES:
-        return value
-    raise ValueError
-
-
-def _flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError
-
-
-def _layers(value: object) -> tuple[int, ...]:
-    if isinstance(value, list | tuple) and all(_is_int(layer) for layer in value):
-        return tuple(value)
-    raise ValueError
-
-
-def _count(value: object) -> int:
-    if _is_int(value) and 0 <= value < 2**31:  # an int32 of the kernels
-        return value
-    raise ValueError
-
-
-def _fused_kproj(value: object) -> str:
-    if isinstance(value, bool):  # YAML reads a bare on or off as one
-        value = "on" if value else "off"
-    if value in FUSED_KPROJ:
-        return value
-    raise ValueError
-
-
-def _option(default: Any, check: Callable[[object], Any], allowed: str) -> Any:
-    """A field whose `check` returns the value to store or raises ValueError or OverflowError;
-    `allowed` says what it accepts, for the user."""
-    return dataclasses.field(default=default, metadata={"check": check, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -81,55 +24,94 @@ class FFAConfig:
     """Options of the backend, the same in every process. Construction raises ValueError, which
     names key, value and the allowed values."""
 
-    delta: float = _option(
-        10.0, _delta, "a number >= 0 (log2 units), or null (.inf in YAML) for no pruning"
+    rule: str = values.option("threshold", values.rule, " or ".join(RULES))
+    """How blocks to read are chosen: by their best score (`delta`), or by their share of the
+    softmax (`tau`). Where `delta` or `tau` is said, it follows."""
+
+    delta: float = values.option(
+        10.0, values.delta, "a number >= 0 (log2 units), or null (.inf in YAML) for no pruning"
     )
     """How far a block's best score may lie below that of the request's first and last tokens, in
     log2 units, and be kept."""
 
-    block_size: int | None = _option(
+    tau: float | None = values.option(
+        0.03,
+        values.tau,
+        "a number between 0 and 1 (a share of the softmax), or null to read everything",
+    )
+    """From which share of a query head's softmax on a block is read for sure, the largest share
+    of a KV head's query heads counting. One with a smaller share w is read with probability
+    w / tau, and counts tau / w times if it is.
+
+    With o_b what attention to block b alone gives and o its mean by shares, the exact output, the
+    error is to first order the sum over blocks of (x_b - 1) w_b (o_b - o), where x_b is tau / w_b
+    with probability w_b / tau and else 0. Its mean is 0, and with a draw a block its variance
+    sum (tau / w_b - 1) w_b^2 |o_b - o|^2 <= tau M D^2: M is the share of all blocks below tau
+    together, D the largest |o_b - o|. So the error is at most sqrt(tau M) D, root mean square,
+    whatever the keys and however long the context. Blocks read in expectation, of a query head:
+    at most 1 / tau and the first and newest ones."""
+
+    block_size: int | None = values.option(
         None,
-        _block_size,
-        "one of 16, 32, 64, 128, or null for the largest power of two that divides vLLM's page, "
-        "up to 128",
+        values.block_size,
+        "one of 16, 32, 64, 128, or null: 16 by share, by threshold the largest power of two that "
+        "divides vLLM's page, up to 128",
     )
     """Tokens that are kept or skipped together."""
 
-    use_fp8_residual: bool = _option(True, _flag, "true or false")
+    use_fp8_residual: bool = values.option(True, values.flag, "true or false")
     """Kept blocks are scored with base + residual; without it with the base alone."""
 
-    v_cache_dtype: str = _option("auto", _v_cache_dtype, "auto (the model's dtype) or fp8")
+    v_cache_dtype: str = values.option(
+        "auto", values.v_cache_dtype, "auto (the model's dtype) or fp8"
+    )
     """How V is stored: as it is, or as E4M3 with an exponent per (token, KV head)."""
 
-    precomputed_threshold: bool = _option(False, _flag, "true or false")
+    precomputed_threshold: bool = values.option(False, values.flag, "true or false")
     """One kernel finds the threshold of a (request, KV head), instead of every split by itself."""
 
-    dense_layers: tuple[int, ...] = _option((), _layers, "a list of layer indices")
+    dense_layers: tuple[int, ...] = values.option((), values.layers, "a list of layer indices")
     """Layers that run unpruned; negative indices count from the end."""
 
-    min_context: int = _option(1024, _count, "an integer >= 0 and < 2**31 (tokens)")
+    min_context: int = values.option(1024, values.count, "an integer >= 0 and < 2**31 (tokens)")
     """Requests with fewer tokens run unpruned."""
 
-    record_skip_ratio: bool = _option(False, _flag, "true or false")
+    record_skip_ratio: bool = values.option(False, values.flag, "true or false")
     """Count kept and total blocks on the device."""
 
-    fused_kproj: str = _option("auto", _fused_kproj, "'auto', 'on' or 'off'")
+    fused_kproj: str = values.option("auto", values.fused_kproj, "'auto', 'on' or 'off'")
     """Projection, rotation and cache write in one kernel: for the batches where that is measured
     to be fastest, for all that the kernel takes, or never."""
 
     def __post_init__(self):
         for name, value in _checked(vars(self), "FFAConfig").items():
             object.__setattr__(self, name, value)
+        if self.rule == "share" and self.precomputed_threshold:
+            raise ValueError(
+                "Option 'precomputed_threshold' = True belongs to rule 'threshold', and the rule "
+                "is 'share'; leave it out, or set rule: threshold"
+            )
 
     @property
     def prunes(self) -> bool:
         """Whether any block can be skipped at all."""
-        return math.isfinite(self.delta)
+        return self.limit is not None
+
+    @property
+    def limit(self) -> float | None:
+        """`delta` or `tau`, as the rule has it; None: nothing is skipped."""
+        if self.rule == "share":
+            return self.tau
+        return self.delta if math.isfinite(self.delta) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option as plain JSON data, from which `load` rebuilds an equal object."""
+        """Every option of the rule as plain JSON data, from which `load` rebuilds an object that
+        does the same."""
         options = dataclasses.asdict(self)
-        options["delta"] = self.delta if self.prunes else None
+        for rule, name in RULES.items():
+            del options[name]
+            if rule == self.rule:
+                options[name] = self.limit
         options["dense_layers"] = list(self.dense_layers)
         return options
 
@@ -176,8 +158,8 @@ class FFAConfig:
         overrides = dict(overrides or {})
         chosen = overrides.pop("preset", None)
         preset = preset if chosen is None else chosen
-        options = _checked(overrides, source)
-        if preset is None and len(options) < len(fields(cls)):
+        options = _with_rule(_checked(overrides, source), source)
+        if preset is None and len(options) < len(fields(cls)) - len(RULES) + 1:
             preset = envs.config() or DEFAULT_PRESET
         if preset is not None:
             options = read_preset(preset) | options
@@ -223,7 +205,8 @@ def read_preset(preset: str) -> dict[str, Any]:
             f"FFA_FP8FP8 options file {preset!r} holds {options!r}; "
             "it must be a mapping of options, such as 'delta: 10.0'"
         )
-    return _checked(options, f"preset {preset!r}")
+    source = f"preset {preset!r}"
+    return _with_rule(_checked(options, source), source)
 
 
 def _checked(options: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -247,6 +230,23 @@ def _checked(options: Mapping[str, Any], source: str) -> dict[str, Any]:
                 f"allowed: {metadata['allowed']}"
             ) from None
     return checked
+
+
+def _with_rule(options: dict[str, Any], source: str) -> dict[str, Any]:
+    """`options` with the rule that `delta` or `tau` among them stands for; ValueError where they
+    do not go together."""
+    said = [rule for rule, name in RULES.items() if name in options]
+    rule = options.get("rule")
+    if len(said) > 1:
+        raise ValueError(
+            f"Options 'delta' and 'tau' in {source} are of two rules; leave out one of them"
+        )
+    if said and rule not in (None, *said):
+        raise ValueError(
+            f"Option {RULES[said[0]]!r} in {source} belongs to rule {said[0]!r}, and the rule is "
+            f"{rule!r}; set {RULES[rule]!r}, or rule: {said[0]}"
+        )
+    return options | {"rule": said[0]} if said else options
 
 
 def _check_keys(additional_config: Mapping[Any, Any]) -> None:

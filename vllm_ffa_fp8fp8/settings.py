@@ -1,4 +1,4 @@
-"""Named sets of options, as commands take them: `--setting`, `--preset`, `--delta`."""
+"""Named sets of options, as commands take them: `--setting`, `--preset`, `--delta`, `--tau`."""
 
 import argparse
 import re
@@ -43,6 +43,10 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--delta", metavar="DELTA", type=lambda text: _argument(f"delta={text}"), **common,
         help="short for --setting delta=DELTA: log2 units, null for no pruning",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tau", metavar="TAU", type=lambda text: _argument(f"tau={text}"), **common,
+        help="short for --setting tau=TAU: a share of the softmax, null to read everything",
     )  # fmt: skip
 
 

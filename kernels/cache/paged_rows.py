@@ -83,20 +83,39 @@ def pick(places, index):
 
 
 @triton.jit
+def pick_units(places, first_unit, UNITS: tl.constexpr):
+    """UNITS elements of `load_places` from `first_unit` on, as a tuple of scalars."""
+    units = (pick(places, first_unit),)
+    for unit in tl.static_range(1, UNITS):
+        units += (pick(places, first_unit + unit),)
+    return units
+
+
+@triton.jit
+def unit_pointers(
+    plane, units, tokens, STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr = 1,
+):
+    """Pointers to the rows of `tokens`, int32 `[ROWS]`: all of those at `units` (see
+    `pick_units`), in any order. PACKED tokens share an element of the plane."""
+    pointers = plane.pointer + tokens * 0
+    for unit in tl.static_range(len(units)):
+        place = units[unit]
+        unit_ptr = plane.pointer + (place // BLOCK.PER_PAGE).to(tl.int64) * plane.stride_page
+        unit_ptr += place % BLOCK.PER_PAGE * (BLOCK.UNIT // PACKED * STRIDE_TOKEN)
+        pointers = tl.where(tokens // BLOCK.UNIT == unit, unit_ptr, pointers)
+    return pointers + tokens % BLOCK.UNIT // PACKED * STRIDE_TOKEN
+
+
+@triton.jit
 def tile_pointers(
     plane, places, index, tokens, STRIDE_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PACKED: tl.constexpr = 1,
 ):
     """Pointers to the rows of `tokens`, int32 `[ROWS]`: all of ROWS tokens, in any order, counted
-    from block `index` of `places` on (see `load_places`). PACKED tokens share an element of the
-    plane."""
-    pointers = plane.pointer + tokens * 0
-    for unit in tl.static_range(ROWS // BLOCK.UNIT):
-        place = pick(places, index * BLOCK.PER_BLOCK + unit)
-        unit_ptr = plane.pointer + (place // BLOCK.PER_PAGE).to(tl.int64) * plane.stride_page
-        unit_ptr += place % BLOCK.PER_PAGE * (BLOCK.UNIT // PACKED * STRIDE_TOKEN)
-        pointers = tl.where(tokens // BLOCK.UNIT == unit, unit_ptr, pointers)
-    return pointers + tokens % BLOCK.UNIT // PACKED * STRIDE_TOKEN
+    from block `index` of `places` on (see `load_places`). PACKED: see `unit_pointers`."""
+    units = pick_units(places, index * BLOCK.PER_BLOCK, ROWS // BLOCK.UNIT)
+    return unit_pointers(plane, units, tokens, STRIDE_TOKEN, BLOCK, PACKED)
 
 
 @triton.jit
@@ -149,20 +168,27 @@ def load_scales(pointers, valid):
 
 
 @triton.jit
-def load_tile_exponents(
-    plane, places, index, tokens, valid, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """Exponents of the tile at `tile_pointers`, for `tile_scales`: of each row the four bytes
+def load_unit_exponents(plane, units, tokens, valid, BLOCK: tl.constexpr):
+    """Exponents of the rows at `unit_pointers`, for `tile_scales`: of each row the four bytes
     that its own is one of, int32 `[ROWS]`; zeros where there is no such plane.
 
     Whole registers, so that a kernel can carry them to its next iteration without waiting for
     them in this one.
     """
-    words = tl.zeros([ROWS], tl.int32)
+    words = tl.zeros(tokens.shape, tl.int32)
     if plane.pointer is not None:
-        pointers = tile_pointers(plane_of_words(plane), places, index, tokens, 1, BLOCK, ROWS, 4)
+        pointers = unit_pointers(plane_of_words(plane), units, tokens, 1, BLOCK, 4)
         words = tl.load(pointers, mask=valid, other=0)
     return words
+
+
+@triton.jit
+def load_tile_exponents(
+    plane, places, index, tokens, valid, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """`load_unit_exponents` of the tile at `tile_pointers`."""
+    units = pick_units(places, index * BLOCK.PER_BLOCK, ROWS // BLOCK.UNIT)
+    return load_unit_exponents(plane, units, tokens, valid, BLOCK)
 
 
 @triton.jit

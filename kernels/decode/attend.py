@@ -6,9 +6,10 @@ import triton.language as tl
 from ..cache.paged_rows import (
     load_columns,
     load_rows,
-    load_tile_exponents,
-    tile_pointers,
+    load_unit_exponents,
+    pick_units,
     tile_scales,
+    unit_pointers,
 )
 from .query import dot_query
 
@@ -83,6 +84,53 @@ def softmax_update(accumulator, weight_sums, reference, scores, value, value_sca
 
 
 @triton.jit
+def attend_tile(
+    accumulator, weight_sums, reference,
+    query, factor, limits, units, positions, added, seq_len, cache,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr,
+    HAS_SCORES: tl.constexpr, RAISE: tl.constexpr, MASKED: tl.constexpr,
+    DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+):
+    """Adds the tokens at `units` (see `pick_units`), which stand at `positions`, int32 `[TOKENS]`,
+    to a running softmax. Those from `seq_len` on do not exist.
+
+    `added`, float32 `[TOKENS, ROWS_PADDED]`, log2 units, is added to the scores; HAS_SCORES: it
+    holds their dot with the base, which is not read. See `attend_blocks` for the other arguments.
+    """
+    HAS_RESIDUAL: tl.constexpr = cache.key_residual.pointer is not None
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
+    HAS_VALUE_EXPONENT: tl.constexpr = cache.value_exponent.pointer is not None
+    tokens = tl.arange(0, positions.shape[0])
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    valid = positions < seq_len
+    rows = unit_pointers(cache.value, units, tokens, PAGE.VALUE_STRIDE, BLOCK)
+    value = load_columns(rows, columns, valid, PAGE.HEAD_SIZE).to(VALUE_DTYPE)
+    value_exponents = load_unit_exponents(cache.value_exponent, units, tokens, valid, BLOCK)
+    key_exponents = load_unit_exponents(cache.key_exponent, units, tokens, valid, BLOCK)
+    scores = tl.zeros(added.shape, tl.float32)
+    if not HAS_SCORES:
+        rows = unit_pointers(cache.key, units, tokens, PAGE.KEY_STRIDE, BLOCK)
+        key = load_rows(rows, columns, valid, MASKED, PAGE).to(DTYPE)
+        scores += dot_query(key, query, QUERY)
+    if HAS_RESIDUAL:
+        rows = unit_pointers(cache.key_residual, units, tokens, PAGE.RESIDUAL_STRIDE, BLOCK)
+        residual = load_rows(rows, columns, valid, MASKED, PAGE).to(DTYPE)
+        scores += dot_query(residual, query, QUERY) * (1.0 / PAGE.RESIDUAL_SCALE)
+    if (not HAS_SCORES) or HAS_RESIDUAL:
+        scores *= factor[None, :] * tile_scales(key_exponents, tokens, HAS_EXPONENT)[:, None]
+    scores = tl.where(positions[:, None] < limits[None, :], scores + added, float("-inf"))
+    if RAISE:
+        accumulator, weight_sums, reference = raise_reference(
+            accumulator, weight_sums, reference, tl.max(scores, axis=0)
+        )
+    accumulator, weight_sums = softmax_update(
+        accumulator, weight_sums, reference, scores, value,
+        tile_scales(value_exponents, tokens, HAS_VALUE_EXPONENT),
+    )
+    return accumulator, weight_sums, reference
+
+
+@triton.jit
 def load_scores(
     scores_ptr, index, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
@@ -115,49 +163,79 @@ def attend_blocks(
     """
     SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
-    MASKED: tl.constexpr = not PAGE.WHOLE_PAGES
-    HAS_RESIDUAL: tl.constexpr = cache.key_residual.pointer is not None
-    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
-    HAS_VALUE_EXPONENT: tl.constexpr = cache.value_exponent.pointer is not None
     tokens = tl.arange(0, SIZE)
-    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     for rank in tl.range(0, num_blocks, num_stages=TUNING.ATTEND_STAGES):
         index = rank
+        added = tl.zeros([SIZE, ROWS_PADDED], tl.float32)
         if FROM_SCORES:
             index, kept, kept_late = first_kept(kept, kept_late)
+            added = load_scores(scores_ptr, index, QUERY.ROWS, ROWS_PADDED, SIZE)
+        units = pick_units(places, index * BLOCK.PER_BLOCK, BLOCK.PER_BLOCK)
         positions = (first_block + index * step) * SIZE + tokens
-        valid = positions < seq_len
-        rows = tile_pointers(cache.value, places, index, tokens, PAGE.VALUE_STRIDE, BLOCK, SIZE)
-        value = load_columns(rows, columns, valid, PAGE.HEAD_SIZE).to(VALUE_DTYPE)
-        value_exponents = load_tile_exponents(
-            cache.value_exponent, places, index, tokens, valid, BLOCK, SIZE
+        accumulator, weight_sums, reference = attend_tile(
+            accumulator, weight_sums, reference,
+            query, factor, limits, units, positions, added, seq_len, cache,
+            PAGE, BLOCK, QUERY, FROM_SCORES, RAISE, not PAGE.WHOLE_PAGES, DTYPE, VALUE_DTYPE,
         )
-        key_exponents = load_tile_exponents(
-            cache.key_exponent, places, index, tokens, valid, BLOCK, SIZE
-        )
-        scores = tl.zeros([SIZE, ROWS_PADDED], tl.float32)
-        if not FROM_SCORES:
-            rows = tile_pointers(cache.key, places, index, tokens, PAGE.KEY_STRIDE, BLOCK, SIZE)
-            key = load_rows(rows, columns, valid, MASKED, PAGE).to(DTYPE)
-            scores += dot_query(key, query, QUERY)
-        if HAS_RESIDUAL:
-            rows = tile_pointers(
-                cache.key_residual, places, index, tokens, PAGE.RESIDUAL_STRIDE, BLOCK, SIZE
-            )
-            residual = load_rows(rows, columns, valid, MASKED, PAGE).to(DTYPE)
-            scores += dot_query(residual, query, QUERY) * (1.0 / PAGE.RESIDUAL_SCALE)
-        key_scales = tile_scales(key_exponents, tokens, HAS_EXPONENT)
-        if (not FROM_SCORES) or HAS_RESIDUAL:
-            scores = scores * factor[None, :] * key_scales[:, None]
-        if FROM_SCORES:
-            scores += load_scores(scores_ptr, index, QUERY.ROWS, ROWS_PADDED, SIZE)
-        scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
-        if RAISE:
-            accumulator, weight_sums, reference = raise_reference(
-                accumulator, weight_sums, reference, tl.max(scores, axis=0)
-            )
-        accumulator, weight_sums = softmax_update(
-            accumulator, weight_sums, reference, scores, value,
-            tile_scales(value_exponents, tokens, HAS_VALUE_EXPONENT),
+    return accumulator, weight_sums, reference
+
+
+@triton.constexpr_function
+def run_tile(BLOCK):
+    """Tokens that `attend_runs` takes at a time: the rows of the matrix unit, a run at least."""
+    return max(64, BLOCK.UNIT)
+
+
+@triton.jit
+def load_runs(runs_ptr, rank, num_runs, RUNS: tl.constexpr):
+    """RUNS entries of the list of `choose_blocks` from `rank` on, as tuples of scalars: places,
+    positions, slots. Positions beyond any length stand for entries that do not exist."""
+    places, positions, slots = (), (), ()
+    for part in tl.static_range(RUNS):
+        exists = rank + part < num_runs
+        entry_ptr = runs_ptr + (rank + part) * 3
+        places += (tl.load(entry_ptr, mask=exists, other=0),)
+        positions += (tl.load(entry_ptr + 1, mask=exists, other=1 << 30),)
+        slots += (tl.load(entry_ptr + 2, mask=exists, other=0),)
+    return places, positions, slots
+
+
+@triton.jit
+def attend_runs(
+    accumulator, weight_sums, reference,
+    query, factor, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    RAISE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+):
+    """Adds the `num_runs` runs of tokens in the list of `choose_blocks` to a running softmax, with
+    their weights, `run_tile` tokens at a time: blocks of 16 fill a tile together.
+
+    `row_tokens`, int32 `[ROWS_PADDED]`: of `query_rows`. See `attend_blocks` for the others.
+    """
+    RUN: tl.constexpr = BLOCK.UNIT
+    TOKENS: tl.constexpr = run_tile(BLOCK)
+    RUNS: tl.constexpr = TOKENS // RUN
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
+    tokens = tl.arange(0, TOKENS)
+    entries = load_runs(runs_ptr, 0, num_runs, RUNS)
+    for rank in tl.range(0, num_runs, RUNS, num_stages=TUNING.ATTEND_STAGES):
+        places, begins, slots = entries
+        entries = load_runs(runs_ptr, rank + RUNS, num_runs, RUNS)  # before they are waited for
+        positions = tokens * 0
+        weights = tokens * 0
+        for part in tl.static_range(RUNS):
+            mine = tokens // RUN == part
+            positions = tl.where(mine, begins[part] + tokens % RUN, positions)
+            weights = tl.where(mine, slots[part] * QUERY.QUERY_LEN, weights)
+        if QUERY.QUERY_LEN > 1:
+            weights = weights[:, None] + row_tokens[None, :]
+        else:
+            weights = weights[:, None]
+        added = tl.load(weights_ptr + weights) + tl.zeros([TOKENS, ROWS_PADDED], tl.float32)
+        accumulator, weight_sums, reference = attend_tile(
+            accumulator, weight_sums, reference,
+            query, factor, limits, places, positions, added, seq_len, cache,
+            PAGE, BLOCK, QUERY, False, RAISE, RUNS > 1 or not PAGE.WHOLE_PAGES,
+            DTYPE, VALUE_DTYPE,
         )
     return accumulator, weight_sums, reference

@@ -8,9 +8,11 @@ import triton
 from ..cache.page_layout import KVPlanes
 from ..cache.paged_cache import page_shape, paged_cache
 from ..cache.paged_rows import block_shape
+from ..counters import COUNTERS
 from ..runtime import compute_dtype, launch, pdl_arguments
 from .kernel import KernelTuning, decode_kernel
-from .plan import DecodeLimits, DecodePlan, DecodeScratch
+from .limits import DecodeLimits
+from .plan import DecodePlan, DecodeScratch
 from .query import QueryShape, head_rows
 from .scan import ANCHOR_TOKENS, decode_threshold_kernel
 
@@ -28,7 +30,9 @@ def decode_attention(
     output: torch.Tensor,
     *,
     scale: float,
-    delta: torch.Tensor | None,
+    delta: torch.Tensor | None = None,
+    tau: torch.Tensor | None = None,
+    layer: int = 0,
     query_start_loc: torch.Tensor | None = None,
     query_len: int | None = None,
     min_context: int = 0,
@@ -89,8 +93,13 @@ def decode_attention(
     rows = triton.next_power_of_2(group * query_len)
     assert num_heads % num_kv_heads == 0 and rows <= MAX_QUERY_ROWS
     assert (num_heads, num_kv_heads) == (limits.num_heads, limits.num_kv_heads)
-    assert delta is None or delta.shape[0] in (1, num_reqs)
-    assert counters is None or (counters.shape == (num_kv_heads, 3) and counters.is_contiguous())
+    assert delta is None or tau is None
+    limit = delta if tau is None else tau
+    rule = "none" if limit is None else "threshold" if tau is None else "share"
+    assert rule in ("none", limits.rule)
+    assert limit is None or limit.shape[0] in (1, num_reqs)
+    counters_shape = (num_kv_heads, len(COUNTERS))
+    assert counters is None or (counters.shape == counters_shape and counters.is_contiguous())
     assert block_table.stride(1) == 1 and planes.page_size % ANCHOR_TOKENS.value == 0
     fp8_key = planes.key.dtype == torch.float8_e4m3fn
     # Hopper adds E4M3 products to 14 bits: enough for bfloat16, not for float16
@@ -98,15 +107,15 @@ def decode_attention(
     fp8_value = planes.value.dtype == torch.float8_e4m3fn
     num_warps = tuning.num_warps * (2 if rows > 32 else 1)
     # programs that are to have a multiprocessor each would share those that are free early
-    starts_early = delta is not None or tuning.dense_programs_per_processor > 1
+    starts_early = limit is not None or tuning.dense_programs_per_processor > 1
     common = {
         "query": head_rows(query),
         "cache": paged_cache(planes),
         "block_table_ptr": block_table,
         "block_table_stride": block_table.stride(0),
         "query_start_loc_ptr": query_start_loc,
-        "delta_ptr": delta,
-        "delta_stride": int(delta is not None and delta.shape[0] > 1),
+        "limit_ptr": limit,
+        "limit_stride": int(limit is not None and limit.shape[0] > 1),
         "scale_log2": scale * math.log2(math.e),
         "PAGE": page_shape(planes),
         "QUERY": QueryShape(
@@ -132,12 +141,16 @@ def decode_attention(
         threshold_ptr=threshold,
         counters_ptr=counters,
         min_context=min_context,
-        BLOCK=block_shape(limits.block_size, planes.page_size),
+        layer=layer,
+        SPAN=block_shape(limits.span, planes.page_size),
+        BLOCK=block_shape(
+            limits.block_size if rule == "share" else limits.span, planes.page_size
+        ),
         TUNING=_kernel_tuning(
             limits, num_reqs, planes, rows, num_warps,
-            prunes=delta is not None, converts_keys=fp8_key and not fp8_products,
+            rule=rule, query_dtype=query.dtype,
         ),
-        PRUNE=delta is not None,
+        RULE=rule,
         VALUE_DTYPE=compute_dtype(torch.bfloat16 if fp8_value else planes.value.dtype),
         **pdl_arguments(query.device, launch_pdl and starts_early),
         num_warps=num_warps,
@@ -146,24 +159,41 @@ def decode_attention(
     )
 
 
+def chunk_spans(
+    limits: DecodeLimits, num_reqs: int, planes: KVPlanes, query_dtype: torch.dtype
+) -> int:
+    """How many spans a program scans before it attends to some of them."""
+    # a warp holds the places of a chunk, up to four elements a thread
+    held = 128 // block_shape(limits.span, planes.page_size).PER_BLOCK
+    tile = tile_spans(limits, num_reqs, planes, query_dtype)
+    return max(tile, min(limits.chunk_blocks(num_reqs), held))
+
+
+def tile_spans(
+    limits: DecodeLimits, num_reqs: int, planes: KVPlanes, query_dtype: torch.dtype
+) -> int:
+    """How many spans of them it scans at a time."""
+    spans = limits.tile_blocks(num_reqs)
+    if planes.key.dtype == torch.float8_e4m3fn and query_dtype != torch.bfloat16:
+        spans = max(1, spans // 4)  # keys are converted in registers
+    return spans
+
+
 def _kernel_tuning(
     limits: DecodeLimits, num_reqs: int, planes: KVPlanes, rows: int, num_warps: int,
-    *, prunes: bool, converts_keys: bool,
+    *, rule: str, query_dtype: torch.dtype,
 ) -> KernelTuning:
     tuning = limits.tuning_of(num_reqs)
-    tile_blocks = limits.tile_blocks(num_reqs)
-    if converts_keys:
-        tile_blocks = max(1, tile_blocks // 4)  # in registers
-    # a warp holds the places of a chunk, up to four elements a thread
-    held_blocks = 128 // block_shape(limits.block_size, planes.page_size).PER_BLOCK
     # beside 64 query rows the buffers of four do not fit the shared memory of 8.9 and 12.0
-    attend_stages = tuning.attend_stages if rows <= 32 else min(tuning.attend_stages, 3)
+    attend_stages = {
+        "none": tuning.dense_stages, "threshold": tuning.attend_stages, "share": tuning.share_stages
+    }[rule]
     merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(planes.head_size))
     return KernelTuning(
-        max(tile_blocks, min(limits.chunk_blocks(num_reqs), held_blocks)),
-        tile_blocks,
+        chunk_spans(limits, num_reqs, planes, query_dtype),
+        tile_spans(limits, num_reqs, planes, query_dtype),
         tuning.scan_stages,
-        attend_stages if prunes else tuning.dense_stages,
+        attend_stages if rows <= 32 else min(attend_stages, 3),
         rows,
         max(1, merge_rows // max(1, rows // num_warps)),
     )

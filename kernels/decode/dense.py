@@ -4,9 +4,11 @@ import torch
 import triton
 
 from ..cache.page_layout import KVPlanes
+from ..counters import new_counters
 from ..runtime import INTERPRETED
 from .attention import decode_attention
-from .plan import DecodeLimits, DecodePlan, DecodeScratch
+from .limits import DecodeLimits
+from .plan import DecodePlan, DecodeScratch
 
 
 def attn_forward_decode_fp8fp8(
@@ -84,7 +86,7 @@ def attn_forward_decode_fp8fp8(
     output = torch.empty(batch, num_heads, head_size, dtype=q.dtype, device=device)
     counters = None
     if return_skip_ratio:
-        counters = torch.zeros(num_kv_heads, 3, dtype=torch.int64, device=device)
+        counters = new_counters(num_kv_heads, device)
     decode_attention(
         q[:, 0],
         planes,
@@ -100,7 +102,7 @@ def attn_forward_decode_fp8fp8(
     )
     if counters is None:
         return output
-    kept, total, _ = counters.sum(0).tolist()
+    kept, total = counters.sum(0)[:2].tolist()
     return output, 1.0 - kept / total
 
 

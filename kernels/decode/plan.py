@@ -1,171 +1,14 @@
 """Cuts a decode batch into work items of equal size, on the device, once a step for all layers."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import HOPPER_SHARED_MEMORY, launch
-from .tuning import DecodeTuning, decode_tuning
-
-INVARIANT_BLOCKS = 64
-"""Blocks of a work item where a request is cut alike in every batch."""
-INVARIANT_ITEMS = 32
-"""The most items of a request there; longer requests have larger items."""
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """The largest batch that a plan and its scratch are made for.
-
-    Args:
-        num_reqs, seq_len: the most requests of a batch, the most tokens of a request.
-        num_heads, num_kv_heads, head_size: of the model, on this rank.
-        block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
-        num_processors: multiprocessors of the device.
-        query_len: the most query tokens of a request.
-        batch_invariant: cut every request as its length alone says, so that its output is the
-            same, bit for bit, in every batch.
-        prunes: whether blocks are skipped.
-        key_bytes, value_bytes: of an element of K's base and of V.
-        capability, shared_memory: compute capability of the device, and the bytes of shared memory
-            that a program can have there.
-        tuning: launch parameters; None: those that `decode_tuning` has for each batch.
-    """
-
-    num_reqs: int
-    seq_len: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    block_size: int
-    num_processors: int = 8
-    query_len: int = 1
-    batch_invariant: bool = False
-    prunes: bool = True
-    key_bytes: int = 1
-    value_bytes: int = 2
-    capability: tuple[int, int] = (9, 0)
-    shared_memory: int = HOPPER_SHARED_MEMORY
-    tuning: DecodeTuning | None = None
-
-    @classmethod
-    def on_device(
-        cls,
-        device: torch.device,
-        *,
-        key_dtype: torch.dtype = torch.float8_e4m3fn,
-        value_dtype: torch.dtype = torch.bfloat16,
-        **batch: int | bool,
-    ) -> "DecodeLimits":
-        """Limits with what the device has; `batch`: the other arguments of the class."""
-        found: dict[str, Any] = {}
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            found = {
-                "num_processors": properties.multi_processor_count,
-                "capability": (properties.major, properties.minor),
-                "shared_memory": properties.shared_memory_per_block_optin,
-            }
-        sizes = {"key_bytes": key_dtype.itemsize, "value_bytes": value_dtype.itemsize}
-        return cls(**found, **sizes, **batch)
-
-    def tuning_of(self, num_reqs: int) -> DecodeTuning:
-        """Launch parameters of a batch of `num_reqs` requests."""
-        return self.tuning or decode_tuning(
-            self.num_reqs if self.batch_invariant else num_reqs,
-            self.head_size,
-            self.block_size,
-            self.key_bytes,
-            self.value_bytes,
-            self.capability,
-            self.shared_memory,
-        )
-
-    def slots(self, num_reqs: int) -> int:
-        """Items that run at the same time, each with a program a KV head."""
-        tuning = self.tuning_of(num_reqs)
-        programs = tuning.dense_programs_per_processor
-        if self.prunes:
-            programs = tuning.programs_per_processor
-        return max(1, programs * self.num_processors // self.num_kv_heads)
-
-    def num_items(self, num_reqs: int) -> int:
-        """The most items of a batch of `num_reqs` requests."""
-        if self.batch_invariant:
-            return num_reqs * self.max_request_items
-        return num_reqs + self.slots(num_reqs) * self.tuning_of(num_reqs).waves
-
-    @property
-    def max_items(self) -> int:
-        """The most items of any batch."""
-        return _max_items(self)
-
-    @property
-    def max_request_items(self) -> int:
-        """The most items of one request."""
-        if self.batch_invariant:
-            blocks = -(-self.seq_len // self.block_size)
-            return max(1, min(-(-blocks // INVARIANT_BLOCKS), INVARIANT_ITEMS))
-        return self.max_items
-
-    def tile_blocks(self, num_reqs: int) -> int:
-        """Blocks of one step of the scan."""
-        rows = triton.next_power_of_2(self.query_len * self.num_heads // self.num_kv_heads)
-        tokens = self.tuning_of(num_reqs).scan_tokens * 8 // max(8, rows)
-        return max(1, tokens // self.block_size)
-
-    def chunk_blocks(self, num_reqs: int) -> int:
-        """Blocks that a program scans before it attends to those it keeps, a power of two."""
-        tuning, tile_blocks = self.tuning_of(num_reqs), self.tile_blocks(num_reqs)
-        num_reqs = self.num_reqs if self.batch_invariant else num_reqs
-        block_bytes = self.query_len * self.num_heads * self.block_size * torch.float32.itemsize
-        fit = tuning.score_bytes // (block_bytes * self.num_items(num_reqs))
-        return max(tile_blocks, min(tuning.chunk_blocks, 1 << fit.bit_length() >> 1))
-
-    def batch_classes(self) -> list[int]:
-        """One number of requests of each kind for which other code is compiled, ascending."""
-        classes: dict[tuple, int] = {}
-        for n in range(1, self.num_reqs + 1):
-            scan = (self.tile_blocks(n), self.chunk_blocks(n))
-            classes.setdefault((self.tuning_of(n), *scan, _padded_reqs(n)), n)
-        return list(classes.values())
-
-    @property
-    def num_scores(self) -> int:
-        """The most scores that the programs of a batch hand on."""
-        return _max_chunk_blocks(self) * self.block_size * self.query_len * self.num_heads
-
-    @property
-    def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
-        rows = (self.max_items, self.query_len * self.num_heads)
-        return (
-            ((*rows, self.head_size), torch.float32),
-            (rows, torch.float32),
-            ((self.num_scores,), torch.float32),
-            ((self.num_reqs * self.query_len, self.num_heads), torch.float32),
-        )
-
-
-def _padded_reqs(num_reqs: int) -> int:
-    """Rows of the plan kernel: few numbers, so that few kernels are compiled."""
-    return max(16, triton.next_power_of_2(num_reqs))
-
-
-@lru_cache  # layers have equal limits
-def _max_items(limits: DecodeLimits) -> int:
-    return max(map(limits.num_items, range(1, limits.num_reqs + 1)))
-
-
-@lru_cache
-def _max_chunk_blocks(limits: DecodeLimits) -> int:
-    """The most blocks that all programs of a KV head scan before they attend to some."""
-    batches = range(1, limits.num_reqs + 1)
-    return max(limits.num_items(n) * limits.chunk_blocks(n) for n in batches)
+from ..runtime import launch
+from .limits import INVARIANT_BLOCKS, DecodeLimits, padded_reqs
 
 
 class DecodeScratch(NamedTuple):
@@ -302,13 +145,13 @@ class DecodePlan:
             seq_lens,
             num_reqs,
             num_items,
-            BLOCK_SIZE=limits.block_size,
+            BLOCK_SIZE=limits.span,
             SLOTS=limits.slots(num_reqs),
             WAVES=tuning.waves,
             MIN_BLOCKS=tuning.min_blocks,
-            ITEM_BLOCKS=max(1, item_tokens // limits.block_size),
+            ITEM_BLOCKS=max(1, item_tokens // limits.span),
             ITEM_OVERHEAD=tuning.item_overhead,
-            REQS_PADDED=_padded_reqs(num_reqs),
+            REQS_PADDED=padded_reqs(num_reqs),
             ITEMS=items,
             INVARIANT_BLOCKS=INVARIANT_BLOCKS,
             INVARIANT_ITEMS=limits.max_request_items if limits.batch_invariant else 0,

@@ -175,8 +175,8 @@ def decode_threshold_kernel(
     block_table_stride,
     seq_lens_ptr,
     query_start_loc_ptr,
-    delta_ptr,
-    delta_stride,
+    limit_ptr,
+    limit_stride,
     scale_log2,
     PAGE: tl.constexpr,
     QUERY: tl.constexpr,
@@ -198,7 +198,7 @@ def decode_threshold_kernel(
     columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
-    delta = tl.load(delta_ptr + request * delta_stride)
+    delta = tl.load(limit_ptr + request * limit_stride)
     threshold = anchor_threshold(rows, factor, limits, delta, seq_len, key, scales, QUERY, DTYPE)
     NUM_HEADS: tl.constexpr = QUERY.NUM_KV_HEADS * QUERY.GROUP
     place = (token + row_tokens) * NUM_HEADS + kv_head * QUERY.GROUP + row_heads

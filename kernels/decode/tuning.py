@@ -23,8 +23,9 @@ class DecodeTuning:
         chunk_blocks: blocks that a program scans before it attends to those it keeps; a power of
             two, at most 128.
         scan_tokens: tokens of one step of the scan, for up to 8 query rows a KV head.
-        scan_stages, attend_stages, dense_stages: pipeline depths of the scan, of the attention
-            that starts from its scores, and of the one that reads the base.
+        scan_stages, attend_stages, share_stages, dense_stages: pipeline depths of the scan, of the
+            attention that starts from its scores, of the one to a list of runs, and of the one
+            to every block; the last two read the base.
         merge_rows: partial results (a query row of an item, 128 elements) that a warp asks for at
             a time in the merge, a power of two.
         num_warps: warps of a program.
@@ -43,6 +44,7 @@ class DecodeTuning:
     scan_tokens: int = 256
     scan_stages: int = 3
     attend_stages: int = 3
+    share_stages: int = 3
     dense_stages: int = 3
     merge_rows: int = 16
     num_warps: int = 4
@@ -123,8 +125,9 @@ def decode_tuning(
     scan_tokens = tuning.scan_tokens * HEAD_SIZE // (max(padded, HEAD_SIZE) * key_bytes)
     scan_tile = max(scan_tokens, block_size) * padded * key_bytes
     residual_bytes = 1 if key_bytes == 1 else 0
-    attend_tile = block_size * padded * (residual_bytes + value_bytes)
-    dense_tile = attend_tile + block_size * padded * key_bytes
+    row_bytes = padded * (residual_bytes + value_bytes)
+    attend_tile = block_size * row_bytes
+    dense_tile = block_size * (row_bytes + padded * key_bytes)
     tuned_block = BLOCK_SIZE * HEAD_SIZE
     scan_bytes = tuning.scan_stages * tuning.scan_tokens * HEAD_SIZE
     attend_bytes = tuning.attend_stages * tuned_block * 3
@@ -134,9 +137,16 @@ def decode_tuning(
         scan_tokens=scan_tokens,
         scan_stages=_stages(scan_bytes, scan_tile, shared_memory),
         attend_stages=_stages(attend_bytes, attend_tile, shared_memory),
+        share_stages=_stages(
+            tuning.share_stages * tuned_block * 4, dense_tile, shared_memory
+        ),
         dense_stages=_stages(dense_bytes, dense_tile, shared_memory),
     )
-    pruned = max(tuning.scan_stages * scan_tile, tuning.attend_stages * attend_tile)
+    pruned = max(
+        tuning.scan_stages * scan_tile,
+        tuning.attend_stages * attend_tile,
+        tuning.share_stages * dense_tile,
+    )
     dense = tuning.dense_stages * dense_tile
     return replace(
         tuning,

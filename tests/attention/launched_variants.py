@@ -19,6 +19,7 @@ from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8MetadataBuilder
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels import PageLayout, QKVHeads, runtime
 from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 
 CPU = torch.device("cpu")
 HIDDEN_SIZE, HEAD_SIZE = 256, 64
@@ -45,6 +46,7 @@ class Engine:
 ENGINES = (
     Engine(),
     Engine({"delta": None}, fused_path=None),
+    Engine({"tau": 0.03, "dense_layers": [0]}, fused_path=None),
     Engine(
         {"dense_layers": [0], "record_skip_ratio": True}, num_drafts=4, fused_path=FROM_PROJECTIONS
     ),
@@ -68,12 +70,13 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
     options = FFAConfig.load("balanced", engine.options, num_layers=1)
-    counters = torch.zeros(engine.num_kv_heads, 3, dtype=torch.int64)
+    counters = new_counters(engine.num_kv_heads, "cpu")
     impl = SimpleNamespace(
         num_heads=engine.num_heads,
         num_kv_heads=engine.num_kv_heads,
         head_size=HEAD_SIZE,
         scale=0.125,
+        layer_index=0,
         config=options,
         vllm_config=config,
         counters=counters if options.record_skip_ratio else None,
@@ -146,8 +149,8 @@ def decode_steps(engine: Engine, impl, config, planes) -> None:
             assert metadata.num_decodes == num_reqs and metadata.prefill is None
             query = rows[: metadata.num_decode_tokens, : engine.num_heads]
             output = torch.empty_like(query, memory_format=torch.contiguous_format)
-            for delta in {metadata.delta, None} if impl.config.dense_layers else {metadata.delta}:
-                impl.ops.decode(query, planes, metadata, delta, output)
+            for limit in {metadata.limit, None} if impl.config.dense_layers else {metadata.limit}:
+                impl.ops.decode(query, planes, metadata, limit, output)
 
 
 def cache_steps(engine: Engine, impl, planes) -> None:

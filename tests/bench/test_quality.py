@@ -10,6 +10,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
+from vllm_ffa_fp8fp8.attention.stats import SUMS
 from vllm_ffa_fp8fp8.bench.quality.engine import Run, check_model, make_references, reference_path
 from vllm_ffa_fp8fp8.bench.quality.judge import JudgedText, TextJudge, compare, log_softmax
 from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE, Texts, plan_engines
@@ -137,8 +138,8 @@ def test_settings_that_differ_in_delta_share_an_engine():
     ]
     job = engines[1].job(Texts(["t"], [[1, 2]]), 1, "f", settings)
     assert job["options"]["delta"] == 2.0 and job["llm"] == {"model": "m"}
-    assert [run["delta"] for run in job["runs"]] == [2.0, 8.0]
-    assert engines[3].runs[0]["delta"] is None
+    assert [run["limit"] for run in job["runs"]] == [2.0, 8.0]
+    assert engines[3].runs[0]["limit"] is None
     assert engines[-1].job(Texts([], []), 1, "f", [])["options"] is None
     assert engines[-1].llm == {"model": "m", "kv_cache_dtype": "fp8"}
     assert [run["copies"] for run in engines[0].runs] == [1, 4]
@@ -187,7 +188,8 @@ def run_of(tokens_of_answer, counted, expected):
             if name == "ffa_blocks_to_read":
                 assert args == ([4, 5],)
                 return [expected]
-            counts = {"kept_blocks": 1, "total_blocks": counted, "short_blocks": 0}
+            counts = dict.fromkeys((*SUMS, "most_left_mass"), 0)
+            counts |= {"kept_blocks": 1, "total_blocks": counted}
             layers = [{"layer": 0} | counts]
             return [counts | {"layers": layers, "cache_bytes_per_token": 0}]
 

@@ -14,6 +14,7 @@ from vllm_ffa_fp8fp8.kernels import (
     PageLayout,
     decode_attention,
 )
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
 
 POISON = 0xFF  # NaN in E4M3, float16 and bfloat16, infinity as an exponent
@@ -158,11 +159,18 @@ def poisoned_scratch(limits: DecodeLimits, device: str) -> DecodeScratch:
 
 
 def run_decode(
-    batch: Batch, device: str, delta: torch.Tensor | None, limits=None, **options
+    batch: Batch,
+    device: str,
+    delta: torch.Tensor | None,
+    limits=None,
+    tau=None,
+    counters=None,
+    **options,
 ) -> tuple[torch.Tensor, list[list[int]]]:
     """Runs the kernels on the batch; what they may not rely on is poison.
 
-    Returns the output and the counters. The plan's arrivals must be zeros again.
+    Returns the output and the first three counters of each KV head. The plan's arrivals must be
+    zeros again.
     """
     case = batch.case
     limits = limits or case.limits(132 if device == "cuda" else 2)
@@ -171,7 +179,8 @@ def run_decode(
     dtype = query.dtype if device == "cuda" else torch.float32  # interpreted casts truncate
     output = torch.full(query.shape, math.nan, dtype=dtype, device=device)
     plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
-    counters = torch.zeros(case.num_kv_heads, 3, dtype=torch.int64, device=device)
+    if counters is None:
+        counters = new_counters(case.num_kv_heads, device)
     decode_attention(
         query,
         batch.planes(device),
@@ -182,11 +191,12 @@ def run_decode(
         output,
         scale=case.scale,
         delta=None if delta is None else delta.to(device),
+        tau=None if tau is None else tau.to(device),
         counters=counters,
         **options,
     )
     assert not plan.arrivals.any()
-    return output.to("cpu", case.dtype), counters.tolist()
+    return output.to("cpu", case.dtype), counters[:, :3].tolist()
 
 
 def count_kept(batch: Batch, kept: list[torch.Tensor], min_context: int = 0) -> list[list[int]]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cases import Case, make_batch
 from truth import assert_kept, choose_delta, reference
 
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.reference import (
     gather_kv_reference,
     join_key_reference,
@@ -146,12 +147,13 @@ def thresholds_of_rows(batch) -> list[torch.Tensor]:
 
 def test_counters():
     batch = make_batch(Case((200, 500), block_size=16))
-    counters, of_short = torch.zeros(2, 2, 3, dtype=torch.int64)
+    counters, of_short = new_counters(2, "cpu"), new_counters(2, "cpu")
     _, (short, long) = reference(batch, choose_delta(batch), counters=counters)
     kept = [int(short[head].sum() + long[head].sum()) for head in range(2)]
-    assert counters.tolist() == [[kept[0], 13 + 32, 0], [kept[1], 13 + 32, 0]]
+    assert counters[:, :3].tolist() == [[kept[0], 13 + 32, 0], [kept[1], 13 + 32, 0]]
+    assert counters[:, 3:].tolist() == [[0, 0, 0, 2]] * 2
     reference(batch, choose_delta(batch), counters=of_short, min_context=201)
-    assert of_short.tolist() == [[int(long[head].sum()), 32, 13] for head in range(2)]
+    assert of_short[:, :3].tolist() == [[int(long[head].sum()), 32, 13] for head in range(2)]
 
 
 def test_min_context_and_infinity_keep_everything():

@@ -11,6 +11,7 @@ from vllm_ffa_fp8fp8.kernels.reference import (
     gather_kv_reference,
     write_kv_reference,
 )
+from vllm_ffa_fp8fp8.option_values import RULES
 
 
 class CpuOps:
@@ -44,7 +45,7 @@ class CpuOps:
         query: torch.Tensor,  # [num_decode_tokens, num_heads, head_size]
         planes: KVPlanes,
         metadata: FFAFP8FP8Metadata,
-        delta: torch.Tensor | None,
+        limit: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         result, _ = decode_attention_reference(
@@ -54,7 +55,8 @@ class CpuOps:
             metadata.seq_lens,
             block_size=metadata.block_size,
             scale=self.impl.scale,
-            delta=delta,
+            layer=self.impl.layer_index,
+            **{RULES[self.impl.config.rule]: limit},
             query_start_loc=metadata.query_start_loc,
             min_context=self.impl.config.min_context,
             counters=self.impl.counters,

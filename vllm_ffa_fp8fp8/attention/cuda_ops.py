@@ -12,7 +12,8 @@ from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.decode.attention import decode_attention
-from vllm_ffa_fp8fp8.kernels.decode.plan import DecodeLimits, DecodePlan, DecodeScratch
+from vllm_ffa_fp8fp8.kernels.decode.limits import DecodeLimits
+from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan, DecodeScratch
 from vllm_ffa_fp8fp8.kernels.projection.project_write import (
     ProjectionScratch,
     project_rope_and_write,
@@ -26,6 +27,7 @@ from vllm_ffa_fp8fp8.kernels.projection.tuning import (
     projection_tuning_on,
     rope_write_tuning,
 )
+from vllm_ffa_fp8fp8.option_values import RULES
 
 
 class CudaOps:
@@ -54,7 +56,7 @@ class CudaOps:
             block_size=block_size,
             query_len=decode_query_len(self.vllm_config),
             batch_invariant=self.batch_invariant,
-            prunes=impl.config.prunes,
+            rule=impl.config.rule if impl.config.prunes else "none",
             key_dtype=impl.layout.plane("key").dtype,
             value_dtype=impl.layout.plane("value").dtype,
         )
@@ -122,7 +124,7 @@ class CudaOps:
         query: torch.Tensor,  # [num_decode_tokens, num_heads, head_size]
         planes: KVPlanes,
         metadata: FFAFP8FP8Metadata,
-        delta: torch.Tensor | None,
+        limit: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         decode_attention(
@@ -134,7 +136,8 @@ class CudaOps:
             DecodeScratch(*self._workspace(query.device, *metadata.plan.limits.scratch_shapes)),
             output,
             scale=self.impl.scale,
-            delta=delta,
+            layer=self.impl.layer_index,
+            **{RULES[self.impl.config.rule]: limit},
             query_start_loc=metadata.query_start_loc,
             query_len=metadata.query_len,
             min_context=self.impl.config.min_context,

@@ -54,9 +54,9 @@ def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLa
 
 
 def pruning_block_size(page_size: int, config: FFAConfig) -> int:
-    """Tokens that are kept or skipped together: the option, else the largest power of two that
-    divides vLLM's page, up to 128."""
-    return config.block_size or math.gcd(page_size, 128)
+    """Tokens that are kept or skipped together: the option, else 16 by share, and by threshold the
+    largest power of two that divides vLLM's page, up to 128."""
+    return config.block_size or math.gcd(page_size, 16 if config.rule == "share" else 128)
 
 
 def preferred_page_size(vllm_config) -> int:

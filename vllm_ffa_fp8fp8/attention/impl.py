@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata
 from vllm_ffa_fp8fp8.integration import patches
 from vllm_ffa_fp8fp8.integration.refusals import check_impl_arguments
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 
 
 class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
@@ -57,10 +58,11 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             from vllm_ffa_fp8fp8.attention.cpu_ops import CpuOps as Ops
         self.ops = Ops(self, vllm_config)
         self.is_dense: bool | None = None
-        self.counters: torch.Tensor | None = None  # int64 [num_kv_heads, 3], of `decode_attention`
+        self.layer_index = 0
+        self.counters: torch.Tensor | None = None  # of `decode_attention`
         if self.config.record_skip_ratio:
             device = current_platform.device_type
-            self.counters = torch.zeros(self.num_kv_heads, 3, dtype=torch.int64, device=device)
+            self.counters = new_counters(self.num_kv_heads, torch.device(device))
         self.fused_qkv: FusedQKV | None = None
         self.attention: torch.nn.Module | None = None  # the module that holds this layer
         self.is_loaded = False
@@ -111,16 +113,17 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.is_dense is None:
-            self.is_dense = extract_layer_index(layer.layer_name) in self.config.dense_layers
+            self.layer_index = extract_layer_index(layer.layer_name)
+            self.is_dense = self.layer_index in self.config.dense_layers
         if attn_metadata is None:  # the profiling run
             self.ops.reserve_scratch()
             return output.fill_(0)
         planes = self.planes(kv_cache)
         num_decode_tokens = attn_metadata.num_decode_tokens
         if num_decode_tokens:
-            delta = None if self.is_dense else attn_metadata.delta
+            limit = None if self.is_dense else attn_metadata.limit
             new = slice(num_decode_tokens)
-            self.ops.decode(query[new], planes, attn_metadata, delta, output[new])
+            self.ops.decode(query[new], planes, attn_metadata, limit, output[new])
         if attn_metadata.prefill is not None:
             new = slice(num_decode_tokens, attn_metadata.num_actual_tokens)
             self.ops.prefill(

@@ -61,7 +61,7 @@ class FFAFP8FP8Metadata(AttentionMetadata):
     seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
     block_table: torch.Tensor  # int32 [num_decodes, max_pages]
     block_size: int
-    delta: torch.Tensor | None  # float32 [1], log2 units; None: nothing is pruned
+    limit: torch.Tensor | None  # float32 [1], delta or tau; None: nothing is pruned
     plan: DecodePlan | None  # None on the CPU and without decodes
     prefill: PrefillBatch | None
 
@@ -94,9 +94,9 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
                 page_size, PREFERRED_PAGE_SIZE, PREFERRED_PAGE_SIZE,
             )  # fmt: skip
         self.block_size = pruning_block_size(page_size, impl.config)
-        self.delta = None
+        self.rule, self.limit = impl.config.rule, None
         if impl.config.prunes:
-            self.delta = torch.tensor([impl.config.delta], dtype=torch.float32, device=device)
+            self.limit = torch.tensor([impl.config.limit], dtype=torch.float32, device=device)
         self.plan = impl.ops.make_plan(self.block_size)
         for name in layer_names:
             impl = vllm_config.compilation_config.static_forward_context[name].impl
@@ -134,7 +134,7 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
             seq_lens=seq_lens,
             block_table=common.block_table_tensor[:num_decodes],
             block_size=self.block_size,
-            delta=self.delta,
+            limit=self.limit,
             plan=plan,
             prefill=_prefill_batch(common, num_decodes) if num_prefills else None,
         )

@@ -85,8 +85,8 @@ def launch_all(impl, planes: KVPlanes) -> None:
     """Calls, with tensors on the meta device, everything that launches kernels in a step, for one
     batch of every kind."""
     max_tokens = impl.vllm_config.scheduler_config.max_num_batched_tokens
-    for delta in _deltas(impl.config):
-        _launch_decode(impl, planes, delta)
+    for limit in _limits(impl.config):
+        _launch_decode(impl, planes, limit)
     for num_tokens in token_counts(max_tokens):
         _launch_cache_write(impl, planes, num_tokens)
     key = _rows(impl, 16, impl.num_kv_heads)
@@ -104,14 +104,14 @@ def token_counts(max_tokens: int) -> Iterator[int]:
         power *= 2
 
 
-def _deltas(config) -> Iterator[torch.Tensor | None]:
+def _limits(config) -> Iterator[torch.Tensor | None]:
     if config.prunes:
         yield _empty(1, dtype=torch.float32)
     if config.dense_layers or not config.prunes:
         yield None
 
 
-def _launch_decode(impl, planes: KVPlanes, delta: torch.Tensor | None) -> None:
+def _launch_decode(impl, planes: KVPlanes, limit: torch.Tensor | None) -> None:
     block_size = pruning_block_size(planes.page_size, impl.config)
     limits = impl.ops.decode_limits(block_size)
     for num_reqs in limits.batch_classes():
@@ -129,11 +129,11 @@ def _launch_decode(impl, planes: KVPlanes, delta: torch.Tensor | None) -> None:
                 seq_lens=seq_lens,
                 block_table=_empty(num_reqs, 16, dtype=torch.int32),
                 block_size=block_size,
-                delta=delta,
+                limit=limit,
                 plan=plan,
                 prefill=None,
             )
-            impl.ops.decode(query, planes, batch, delta, query)
+            impl.ops.decode(query, planes, batch, limit, query)
 
 
 def _launch_cache_write(impl, planes: KVPlanes, num_tokens: int) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from vllm_ffa_fp8fp8.config import BLOCK_SIZES, FFAConfig
+from vllm_ffa_fp8fp8.config import FFAConfig
+from vllm_ffa_fp8fp8.option_values import BLOCK_SIZES
 
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
 PEERS = {FA3_BF16: 4, FA3_FP8: 2}

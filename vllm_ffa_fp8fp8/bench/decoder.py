@@ -12,9 +12,12 @@ from vllm_ffa_fp8fp8.bench.timing import time_graph
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.decode.attention import decode_attention
-from vllm_ffa_fp8fp8.kernels.decode.plan import DecodeLimits, DecodePlan, DecodeScratch
+from vllm_ffa_fp8fp8.kernels.decode.limits import DecodeLimits
+from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan, DecodeScratch
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
+from vllm_ffa_fp8fp8.option_values import RULES
 
 TOLERANCE = 1e-2
 CHECKED_REQUESTS = 2
@@ -53,10 +56,10 @@ class Decoder:
             self.device, num_reqs=shape.batch, seq_len=shape.seq_len,
             num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads,
             head_size=geometry.head_size, block_size=self.block_size,
-            prunes=prune, value_dtype=value_dtype,
+            rule=self.config.rule if prune else "none", value_dtype=value_dtype,
         )  # fmt: skip
         limits = replace(limits, tuning=replace(limits.tuning_of(shape.batch), **tuning))
-        self.delta = torch.tensor([self.config.delta], device=self.device) if prune else None
+        self.limit = torch.tensor([self.config.limit], device=self.device) if prune else None
         self.scratch = DecodeScratch.allocate(limits, self.device)
         seq_lens = torch.full((shape.batch,), shape.seq_len, dtype=torch.int32, device=self.device)
         self.plan = DecodePlan.allocate(limits, self.device).update(seq_lens)
@@ -68,7 +71,7 @@ class Decoder:
             write_kv(newest.key, newest.value, planes, newest.slot_mapping)
         decode_attention(
             inputs.query, planes, inputs.block_table, inputs.seq_lens, self.plan, self.scratch,
-            output, scale=self.scale, delta=self.delta, counters=counters,
+            output, scale=self.scale, counters=counters, **{RULES[self.config.rule]: self.limit},
             precomputed_threshold=self.config.precomputed_threshold, launch_pdl=True,
         )  # fmt: skip
 
@@ -79,9 +82,9 @@ class Decoder:
             dtype = torch.float32  # interpreted casts truncate
         output = torch.full(inputs.query.shape, float("nan"), dtype=dtype, device=self.device)
         num_kv_heads = self.shape.geometry.num_kv_heads
-        counters = torch.zeros(num_kv_heads, 3, dtype=torch.int64, device=self.device)
+        counters = new_counters(num_kv_heads, self.device)
         self.launch(inputs, planes, output, counters)
-        kept, total, _ = counters.sum(0).tolist()
+        kept, total = counters.sum(0)[:2].tolist()
         return output, kept, total
 
     def search(self, inputs: Inputs, planes: KVPlanes, kept: float) -> float:
@@ -89,12 +92,12 @@ class Decoder:
         it stands for a threshold above the first and last tokens, which no option gives."""
 
         def measure(over_anchors: float) -> float:
-            self.delta.fill_(-over_anchors)
+            self.limit.fill_(-over_anchors)
             _, found, total = self.run(inputs, planes)
             return found / total
 
         threshold, _ = steer(measure, kept, tolerance=kept / 50, most_probes=24)
-        self.delta.fill_(-threshold)
+        self.limit.fill_(-threshold)
         return -threshold
 
     def check(self, inputs: Inputs, planes: KVPlanes) -> tuple[float, float]:
@@ -107,12 +110,12 @@ class Decoder:
         some = slice(0, CHECKED_REQUESTS)
         expected, _ = decode_attention_reference(
             inputs.query[some], planes, inputs.block_table[some], inputs.seq_lens[some],
-            block_size=self.block_size, scale=self.scale, delta=self.delta,
+            block_size=self.block_size, scale=self.scale, delta=self.limit,
         )  # fmt: skip
         error = relative_error(output[some], expected)
         blocks = -(-self.shape.seq_len // self.block_size)
         every = self.shape.batch * self.shape.geometry.num_kv_heads * blocks
-        planted = every if self.delta is None else inputs.num_kept
+        planted = every if self.limit is None else inputs.num_kept
         if not (
             output.isfinite().all()
             and error < TOLERANCE

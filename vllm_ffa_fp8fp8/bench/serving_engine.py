@@ -89,8 +89,8 @@ class Row:
         return (self.generate(many) - shorter) / (many - few) * 1e3
 
     def set_threshold(self, over_anchors: float) -> None:
-        builders = self.llm.collective_rpc("ffa_set_delta", args=(-over_anchors,))
-        assert all(builders), "no metadata builder has a delta to set"
+        builders = self.llm.collective_rpc("ffa_move_limit", args=(over_anchors,))
+        assert all(builders), "no metadata builder has a limit to set"
 
     def read_kept(self) -> float | None:
         """Kept fraction since the last reading; None where nothing was counted."""

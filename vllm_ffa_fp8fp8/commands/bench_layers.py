@@ -15,7 +15,7 @@ from vllm_ffa_fp8fp8.commands.bench_options import (
     missing_gpu,
     tell_conditions,
 )
-from vllm_ffa_fp8fp8.config import BLOCK_SIZES, V_CACHE_DTYPES
+from vllm_ffa_fp8fp8.option_values import BLOCK_SIZES, V_CACHE_DTYPES
 from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, settings_of
 
 LAYERS = "layers"

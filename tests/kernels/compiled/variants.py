@@ -24,6 +24,7 @@ from vllm_ffa_fp8fp8.kernels import (
     rope_and_write,
     write_kv,
 )
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.decode import dense
 from vllm_ffa_fp8fp8.kernels.projection.tuning import (
     MAX_PROJECTED_TOKENS,
@@ -51,9 +52,9 @@ class DecodeCall:
     case: Case
     capability: int
     num_reqs: int = 8
-    prunes: bool = True
+    rule: str = "threshold"
     threshold: bool | str = False
-    delta_of_each: bool = False
+    limit_of_each: bool = False
     counts: bool = False
     batch_invariant: bool = False
     uneven: bool = False  # query tokens
@@ -64,19 +65,22 @@ class DecodeCall:
         return DecodeLimits(
             self.num_reqs, MAX_PAGES * case.page_size, case.num_kv_heads * case.group,
             case.num_kv_heads, case.head_size, case.block_size, 132, case.query_len,
-            self.batch_invariant, self.prunes, planes.key.itemsize, planes.value.itemsize,
+            self.batch_invariant, self.rule, planes.key.itemsize, planes.value.itemsize,
             divmod(self.capability, 10), SHARED_MEMORY[self.capability],
         )  # fmt: skip
 
     @property
     def programs(self) -> int:
         tuning = self.limits.tuning_of(self.num_reqs)
-        return tuning.programs_per_processor if self.prunes else tuning.dense_programs_per_processor
+        if self.rule == "none":
+            return tuning.dense_programs_per_processor
+        return tuning.programs_per_processor
 
     def __call__(self) -> None:
         case, limits, num_reqs = self.case, self.limits, self.num_reqs
         query = packed_heads(case, num_reqs * case.query_len)[:, : case.group * case.num_kv_heads]
         seq_lens = torch.ones(num_reqs, dtype=torch.int32)
+        limit = torch.ones(num_reqs if self.limit_of_each else 1)
         given = torch.zeros(query.shape[:2]) if self.threshold == "given" else self.threshold
         decode_attention(
             query,
@@ -87,12 +91,13 @@ class DecodeCall:
             DecodeScratch.allocate(limits, CPU),
             torch.empty(query.shape, dtype=query.dtype),
             scale=case.scale,
-            delta=torch.ones(num_reqs if self.delta_of_each else 1) if self.prunes else None,
+            delta=limit if self.rule == "threshold" else None,
+            tau=limit if self.rule == "share" else None,
             query_start_loc=torch.zeros(num_reqs + 1, dtype=torch.int32) if self.uneven else None,
             query_len=case.query_len,
             min_context=1024,
             precomputed_threshold=given,
-            counters=torch.zeros(case.num_kv_heads, 3).long() if self.counts else None,
+            counters=new_counters(case.num_kv_heads, CPU) if self.counts else None,
             launch_pdl=True,
         )
 
@@ -193,9 +198,12 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
         return Variant(f"decode {name}", call, call.programs)
 
     yield decode("pruned")
-    yield decode("dense", prunes=False)
+    yield decode("dense", rule="none")
     yield decode("pruned, FP8 V", fp8_value)
     yield decode("pruned, threshold kernel", threshold=True)
+    small = replace(main, block_size=16)
+    yield decode("share", rule="share")
+    yield decode("share, blocks of 16", small, rule="share")
     if extent == MAIN:
         return
     for name, case in large_cases(main).items():
@@ -208,19 +216,27 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     yield decode("pruned, few requests", num_reqs=1)
     yield decode("pruned, few requests, FP8 V", fp8_value, num_reqs=1)
     yield decode("pruned, many requests", num_reqs=256)
-    yield decode("dense, few requests", prunes=False, num_reqs=1)
-    yield decode("dense, FP8 V", fp8_value, prunes=False)
+    yield decode("dense, few requests", rule="none", num_reqs=1)
+    yield decode("dense, FP8 V", fp8_value, rule="none")
     yield decode("pruned, float16", half)
-    yield decode("dense, float16", half, prunes=False)
+    yield decode("dense, float16", half, rule="none")
     yield decode("pruned, 4 query tokens", replace(main, query_len=4))
     yield decode("pruned, up to 8 query tokens", long, uneven=True)
-    yield decode("dense, up to 8 query tokens", long, uneven=True, prunes=False)
+    yield decode("dense, up to 8 query tokens", long, uneven=True, rule="none")
     yield decode("pruned, threshold given", threshold="given")
-    yield decode("pruned, delta of each request, counted", delta_of_each=True, counts=True)
+    yield decode("pruned, delta of each request, counted", limit_of_each=True, counts=True)
     yield decode("pruned, batch invariant", batch_invariant=True)
     yield decode("pruned, no residual", replace(main, residual=False))
+    yield decode("share, few requests", rule="share", num_reqs=1)
+    yield decode("share, blocks of 16, few requests", small, rule="share", num_reqs=1)
+    yield decode("share, FP8 V", fp8_value, rule="share")
+    yield decode("share, float16", half, rule="share")
+    yield decode("share, up to 8 query tokens", long, rule="share", uneven=True)
+    yield decode(
+        "share, tau of each request, counted", small, rule="share", limit_of_each=True, counts=True
+    )
     wide = large_cases(main)["head size 256, blocks of 128"]
-    yield decode("dense, head size 256, blocks of 128", wide, prunes=False)
+    yield decode("dense, head size 256, blocks of 128", wide, rule="none")
     yield Variant("decode tensors", lambda: attend_tensors(main), 2)
 
 

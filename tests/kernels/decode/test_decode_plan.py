@@ -68,12 +68,18 @@ def test_every_block_is_covered_once(device, limits, lengths):
 
 
 @pytest.mark.parametrize(
-    "num_reqs, length, prunes",
-    [(1, 8192, True), (1, 131_072, True), (8, 32_768, True), (32, 5000, True), (64, 1024, True)],
+    "num_reqs, length, rule",
+    [
+        (1, 8192, "threshold"),
+        (1, 131_072, "threshold"),
+        (8, 32_768, "threshold"),
+        (32, 5000, "threshold"),
+        (64, 1024, "threshold"),
+    ],
 )
-def test_waves_are_full(device, num_reqs, length, prunes):
+def test_waves_are_full(device, num_reqs, length, rule):
     """Items are as many as run at a time, or a small multiple of it, less a few."""
-    limits = dataclasses.replace(LIMITS[0], num_reqs=64, prunes=prunes, block_size=64)
+    limits = dataclasses.replace(LIMITS[0], num_reqs=64, rule=rule, block_size=64)
     lengths = [length - 7 * request for request in range(num_reqs)]
     sizes = sizes_of(items_of(plan_of(limits, lengths, device), num_reqs), limits.block_size)
     slots = limits.slots(num_reqs)
@@ -82,13 +88,13 @@ def test_waves_are_full(device, num_reqs, length, prunes):
     assert len(sizes) >= 0.8 * waves * slots
 
 
-@pytest.mark.parametrize("prunes, length, waves", [
-    (True, 32_768, 1), (True, 131_072, 4), (True, 65_536, 2), (False, 8192, 1), (False, 32_768, 4),
-    (False, 131_072, 4),
+@pytest.mark.parametrize("rule, length, waves", [
+    ("threshold", 32_768, 1), ("threshold", 131_072, 4), ("threshold", 65_536, 2),
+    ("none", 8192, 1), ("none", 32_768, 4), ("none", 131_072, 4),
 ])  # fmt: skip
-def test_long_batches_are_cut_for_more_than_one_wave(device, prunes, length, waves):
+def test_long_batches_are_cut_for_more_than_one_wave(device, rule, length, waves):
     """Items of 8,192 tokens, without pruning of 2,048, at most four waves of them."""
-    limits = dataclasses.replace(LIMITS[0], num_reqs=8, prunes=prunes, block_size=64)
+    limits = dataclasses.replace(LIMITS[0], num_reqs=8, rule=rule, block_size=64)
     items = items_of(plan_of(limits, [length] * 8, device), 8)
     assert 0.8 * waves < 8 * len(items[0]) / limits.slots(8) <= waves
 

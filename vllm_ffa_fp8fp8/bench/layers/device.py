@@ -20,6 +20,7 @@ from vllm_ffa_fp8fp8.bench.recording.layouts import (
 )
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
 
 PEERS = {"fa3-bf16": FA3_BF16, "fa3-fp8": FA3_FP8}
 Found = Iterator[tuple[int, str, dict[str, Any]]]
@@ -144,7 +145,7 @@ def run(decoder: Decoder, inputs: Inputs, planes: KVPlanes) -> tuple[torch.Tenso
         dtype = torch.float32  # interpreted casts truncate
     output = torch.full_like(inputs.query, float("nan"), dtype=dtype)
     heads = decoder.shape.geometry.num_kv_heads
-    counters = torch.zeros(heads, 3, dtype=torch.int64, device=output.device)
+    counters = new_counters(heads, output.device)
     decoder.launch(inputs, planes, output, counters)
     return output.double(), counters[:, 0]
 

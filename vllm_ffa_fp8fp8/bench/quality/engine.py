@@ -24,7 +24,7 @@ def judge_texts(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, A
             reference's distributions), `copies` (requests at a time, at most), `check` (beside
             the reference: all options that the model is to be able to run with) and `runs`: each
             with a `name`, `is_reference`, `copies` (of a text decoded together; the newest is
-            judged) and `delta` (to set before; None: as in the options).
+            judged) and `limit` (delta or tau, to set before; None: as in the options).
 
     Returns the `backend`, and for each of the `runs` a list of texts with `figures` (FIGURES of
     each token) and `layers` (of `ffa_skip_stats`; empty for another backend); or a `problem` that
@@ -140,9 +140,9 @@ class Run:
         self.is_ours = job["options"] is not None
 
     def judge_all(self) -> list[Text]:
-        if self.run["delta"] is not None:
-            builders = self.llm.collective_rpc("ffa_set_delta", args=(self.run["delta"],))
-            assert all(builders), "no metadata builder has a delta to set"
+        if self.run["limit"] is not None:
+            builders = self.llm.collective_rpc("ffa_set_limit", args=(self.run["limit"],))
+            assert all(builders), "no metadata builder has a limit to set"
         return [self.judge(number) for number in range(len(self.job["texts"]))]
 
     def judge(self, number: int) -> Text:

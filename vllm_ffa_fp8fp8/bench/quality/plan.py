@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_ffa_fp8fp8.option_values import RULES
 from vllm_ffa_fp8fp8.settings import Setting
 
 COPIES = 4
@@ -24,7 +25,7 @@ class Texts:
 
 @dataclass
 class Engine:
-    """A backend with its cache, and the runs that differ in nothing but delta.
+    """A backend with its cache, and the runs that differ in nothing but delta or tau.
 
     Args:
         llm: arguments of `LLM`.
@@ -41,7 +42,7 @@ class Engine:
         return "; ".join(run["name"] for run in self.runs)
 
     def add(self, name: str, **run: Any) -> None:
-        plain = {"name": name, "delta": None, "is_reference": False, "copies": 1}
+        plain = {"name": name, "limit": None, "is_reference": False, "copies": 1}
         self.runs.append(plain | run)
 
     def job(self, texts: Texts, last: int, folder: str, check: Sequence[Setting]) -> dict[str, Any]:
@@ -74,12 +75,13 @@ def plan_engines(
 
 
 def _engines_of(settings: Sequence[Setting], llm: dict[str, Any]) -> Iterator[Engine]:
-    """Settings that prune and differ in delta alone share an engine, where it is set anew."""
+    """Settings that prune and differ in delta or tau alone share an engine, where it is set
+    anew."""
     engines: dict[str, Engine] = {}
     for setting in settings:
-        delta = setting.options["delta"]
-        others = json.dumps(setting.options | {"delta": delta is not None})
+        limit = setting.config.limit
+        others = json.dumps(setting.options | {RULES[setting.config.rule]: limit is not None})
         engine = engines.setdefault(others, Engine(llm))
         engine.settings.append(setting)
-        engine.add(setting.name, delta=delta)
+        engine.add(setting.name, limit=limit)
     yield from engines.values()

@@ -1,0 +1,195 @@
+"""The largest batch that decode is made for, and how batches of up to that are cut."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from ..runtime import HOPPER_SHARED_MEMORY
+from .tuning import DecodeTuning, decode_tuning
+
+MIN_SPAN = 64
+"""Tokens that are read together at least where smaller blocks are drawn."""
+
+INVARIANT_BLOCKS = 64
+"""Spans of a work item where a request is cut alike in every batch."""
+INVARIANT_ITEMS = 32
+"""The most items of a request there; longer requests have larger items."""
+
+
+@triton.constexpr_function
+def span_scores(rule, span, block_size, rows, query_len):
+    """Numbers that a program hands on of a span of tokens: scores of `rows` query rows, or masses,
+    weights, and the list of what is read, three a run of 16 at least."""
+    if rule != "share":
+        return span * rows
+    return span // block_size * (rows + query_len) + 3 * (span // 16)
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """The largest batch that a plan and its scratch are made for.
+
+    Args:
+        num_reqs, seq_len: the most requests of a batch, the most tokens of a request.
+        num_heads, num_kv_heads, head_size: of the model, on this rank.
+        block_size: tokens that are kept or skipped together: 16, 32, 64 or 128.
+        num_processors: multiprocessors of the device.
+        query_len: the most query tokens of a request.
+        batch_invariant: cut every request as its length alone says, so that its output is the
+            same, bit for bit, in every batch.
+        rule: how blocks to skip are found: none, threshold or share.
+        key_bytes, value_bytes: of an element of K's base and of V.
+        capability, shared_memory: compute capability of the device, and the bytes of shared memory
+            that a program can have there.
+        tuning: launch parameters; None: those that `decode_tuning` has for each batch.
+    """
+
+    num_reqs: int
+    seq_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    num_processors: int = 8
+    query_len: int = 1
+    batch_invariant: bool = False
+    rule: str = "threshold"
+    key_bytes: int = 1
+    value_bytes: int = 2
+    capability: tuple[int, int] = (9, 0)
+    shared_memory: int = HOPPER_SHARED_MEMORY
+    tuning: DecodeTuning | None = None
+
+    @classmethod
+    def on_device(
+        cls,
+        device: torch.device,
+        *,
+        key_dtype: torch.dtype = torch.float8_e4m3fn,
+        value_dtype: torch.dtype = torch.bfloat16,
+        **batch: int | bool,
+    ) -> "DecodeLimits":
+        """Limits with what the device has; `batch`: the other arguments of the class."""
+        found: dict[str, Any] = {}
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            found = {
+                "num_processors": properties.multi_processor_count,
+                "capability": (properties.major, properties.minor),
+                "shared_memory": properties.shared_memory_per_block_optin,
+            }
+        sizes = {"key_bytes": key_dtype.itemsize, "value_bytes": value_dtype.itemsize}
+        return cls(**found, **sizes, **batch)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether blocks are skipped."""
+        return self.rule != "none"
+
+    @property
+    def span(self) -> int:
+        """Tokens that are dealt out to work items together, one or more blocks."""
+        return max(self.block_size, MIN_SPAN) if self.rule == "share" else self.block_size
+
+    def tuning_of(self, num_reqs: int) -> DecodeTuning:
+        """Launch parameters of a batch of `num_reqs` requests."""
+        return self.tuning or decode_tuning(
+            self.num_reqs if self.batch_invariant else num_reqs,
+            self.head_size,
+            self.span,
+            self.key_bytes,
+            self.value_bytes,
+            self.capability,
+            self.shared_memory,
+        )
+
+    def slots(self, num_reqs: int) -> int:
+        """Items that run at the same time, each with a program a KV head."""
+        tuning = self.tuning_of(num_reqs)
+        programs = tuning.dense_programs_per_processor
+        if self.prunes:
+            programs = tuning.programs_per_processor
+        return max(1, programs * self.num_processors // self.num_kv_heads)
+
+    def num_items(self, num_reqs: int) -> int:
+        """The most items of a batch of `num_reqs` requests."""
+        if self.batch_invariant:
+            return num_reqs * self.max_request_items
+        return num_reqs + self.slots(num_reqs) * self.tuning_of(num_reqs).waves
+
+    @property
+    def max_items(self) -> int:
+        """The most items of any batch."""
+        return _max_items(self)
+
+    @property
+    def max_request_items(self) -> int:
+        """The most items of one request."""
+        if self.batch_invariant:
+            blocks = -(-self.seq_len // self.span)
+            return max(1, min(-(-blocks // INVARIANT_BLOCKS), INVARIANT_ITEMS))
+        return self.max_items
+
+    def tile_blocks(self, num_reqs: int) -> int:
+        """Spans of one step of the scan."""
+        rows = triton.next_power_of_2(self.query_len * self.num_heads // self.num_kv_heads)
+        tokens = self.tuning_of(num_reqs).scan_tokens * 8 // max(8, rows)
+        return max(1, tokens // self.span)
+
+    def chunk_blocks(self, num_reqs: int) -> int:
+        """Spans that a program scans before it attends to those it keeps, a power of two."""
+        tuning, tile_blocks = self.tuning_of(num_reqs), self.tile_blocks(num_reqs)
+        num_reqs = self.num_reqs if self.batch_invariant else num_reqs
+        block_bytes = self.span_scores * self.num_kv_heads * torch.float32.itemsize
+        fit = tuning.score_bytes // (block_bytes * self.num_items(num_reqs))
+        return max(tile_blocks, min(tuning.chunk_blocks, 1 << fit.bit_length() >> 1))
+
+    @property
+    def span_scores(self) -> int:
+        """Numbers that a program hands on of a span."""
+        rows = self.query_len * self.num_heads // self.num_kv_heads
+        return span_scores(self.rule, self.span, self.block_size, rows, self.query_len)
+
+    def batch_classes(self) -> list[int]:
+        """One number of requests of each kind for which other code is compiled, ascending."""
+        classes: dict[tuple, int] = {}
+        for n in range(1, self.num_reqs + 1):
+            scan = (self.tile_blocks(n), self.chunk_blocks(n))
+            classes.setdefault((self.tuning_of(n), *scan, padded_reqs(n)), n)
+        return list(classes.values())
+
+    @property
+    def num_scores(self) -> int:
+        """The most scores that the programs of a batch hand on."""
+        return _max_chunk_blocks(self) * self.span_scores * self.num_kv_heads
+
+    @property
+    def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
+        rows = (self.max_items, self.query_len * self.num_heads)
+        return (
+            ((*rows, self.head_size), torch.float32),
+            (rows, torch.float32),
+            ((self.num_scores,), torch.float32),
+            ((self.num_reqs * self.query_len, self.num_heads), torch.float32),
+        )
+
+
+def padded_reqs(num_reqs: int) -> int:
+    """Rows of the plan kernel: few numbers, so that few kernels are compiled."""
+    return max(16, triton.next_power_of_2(num_reqs))
+
+
+@lru_cache  # layers have equal limits
+def _max_items(limits: DecodeLimits) -> int:
+    return max(map(limits.num_items, range(1, limits.num_reqs + 1)))
+
+
+@lru_cache
+def _max_chunk_blocks(limits: DecodeLimits) -> int:
+    """The most blocks that all programs of a KV head scan before they attend to some."""
+    batches = range(1, limits.num_reqs + 1)
+    return max(limits.num_items(n) * limits.chunk_blocks(n) for n in batches)

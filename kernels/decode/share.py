@@ -1,0 +1,217 @@
+"""Decode, step 1 by share: weighs every block by the FP8 base alone and draws those to read."""
+
+import triton
+import triton.language as tl
+
+from ..cache.paged_rows import load_rows, load_tile_exponents, tile_pointers, tile_scales
+from .query import dot_query
+from .scan import anchor_positions
+
+LOG2_CHANCES: tl.constexpr = tl.constexpr(20)
+CHANCES: tl.constexpr = tl.constexpr(1 << 20)
+"""Probabilities are multiples of 1 / CHANCES, and at least that: a weight is at most CHANCES."""
+
+
+@triton.jit
+def anchor_masses(
+    query, factor, limits, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The largest base score of the first and last tokens, log2 units, and the sum of
+    `exp2(score - largest)` over them, float32 `[ROWS_PADDED]` each.
+
+    `key, scales`: of `load_anchors`. See `weigh_blocks` for the other arguments.
+    """
+    positions = anchor_positions(seq_len)
+    scores = dot_query(key.to(DTYPE), query, QUERY) * factor[None, :]
+    seen = (positions >= 0)[:, None] & (positions[:, None] < limits[None, :])
+    scores = tl.where(seen, scores * scales[:, None], float("-inf"))
+    largest = tl.max(scores, axis=0)
+    return largest, tl.sum(tl.exp2(scores - largest[None, :]), axis=0)
+
+
+@triton.jit
+def weigh_blocks(
+    query, factor, limits, reference,
+    first_span, step, num_spans, seq_len, seen_by_all, places, masses_ptr, cache,
+    PAGE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr,
+    TUNING: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """Adds up `exp2(score - reference)` over the tokens of every block of a chunk, into
+    `masses[row, block]`.
+
+    The chunk is `num_spans` spans of blocks, `first_span` and every `step`-th of the request after
+    it, read in tiles of TILE_BLOCKS spans.
+
+    `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many tokens of the
+    request a query row sees, `seen_by_all` the least of them. `reference`, float32
+    `[ROWS_PADDED]`, log2 units. `cache`: of `cache_of_head`.
+    """
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
+    SPAN_SIZE: tl.constexpr = SPAN.BLOCK_SIZE
+    TILE_SPANS: tl.constexpr = TUNING.TILE_BLOCKS
+    TILE: tl.constexpr = TILE_SPANS * SPAN_SIZE
+    RUNS: tl.constexpr = BLOCK.BLOCK_SIZE // 16
+    BLOCKS: tl.constexpr = SPAN_SIZE // BLOCK.BLOCK_SIZE
+    SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * BLOCKS
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
+    # as in `scan_blocks`: a warp gets 16 tokens of a span, and adds up its own blocks
+    tile_rows = tl.arange(0, TILE)
+    row_spans = tile_rows // 16 % TILE_SPANS
+    span_tokens = tile_rows // (16 * TILE_SPANS) * 16 + tile_rows % 16
+    tile_tokens = row_spans * SPAN_SIZE + span_tokens
+    tile_positions = row_spans * step * SPAN_SIZE + span_tokens
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    rows = tl.arange(0, ROWS_PADDED)[None, None, :]
+    tile_blocks = tl.arange(0, TILE_SPANS)[None, :] * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    masses_ptr += tile_blocks[:, :, None] + rows * SLOTS
+    last_row = ((TILE_SPANS - 1) * step + 1) * SPAN_SIZE
+    for index in tl.range(0, num_spans, TILE_SPANS, num_stages=TUNING.SCAN_STAGES):
+        span = first_span + index * step
+        positions = span * SPAN_SIZE + tile_positions
+        exists = positions < seq_len
+        exponents = load_tile_exponents(
+            cache.key_exponent, places, index, tile_tokens, exists, SPAN, TILE
+        )
+        key_rows = tile_pointers(
+            cache.key, places, index, tile_tokens, PAGE.KEY_STRIDE, SPAN, TILE
+        )
+        key = load_rows(key_rows, columns, exists, not PAGE.WHOLE_PAGES, PAGE).to(DTYPE)
+        scores = dot_query(key, query, QUERY)
+        scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
+        if span * SPAN_SIZE + last_row > seen_by_all:
+            scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
+        masses = tl.exp2(scores * factor[None, :] - reference[None, :])
+        masses = tl.reshape(masses, (BLOCKS, RUNS, TILE_SPANS, 16, ROWS_PADDED))
+        masses = tl.sum(tl.sum(masses, axis=1), axis=2)
+        tl.store(masses_ptr + index * BLOCKS, masses, mask=rows < QUERY.ROWS)
+
+
+@triton.jit
+def _mixed(bits):
+    """The finaliser of MurmurHash3 (Appleby, 2011), uint32."""
+    bits ^= bits >> 16
+    bits *= 0x85EBCA6B
+    bits ^= bits >> 13
+    bits *= 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def draw_offset(layer, kv_head, position, first_span):
+    """A hash of what tells one draw from another, int32 in [0, CHANCES)."""
+    bits = _mixed(layer.to(tl.uint32) + 0x9E3779B9)
+    bits = _mixed(bits ^ kv_head.to(tl.uint32))
+    bits = _mixed(bits ^ position.to(tl.uint32))
+    bits = _mixed(bits ^ first_span.to(tl.uint32))
+    return (bits % CHANCES).to(tl.int32)
+
+
+@triton.jit
+def _add_and_compare(sums, largest, more_sums, more_largest):
+    return sums + more_sums, tl.maximum(largest, more_largest)
+
+
+@triton.jit
+def _of_row(values, row):
+    """Element `row` of float32 `[ROWS_PADDED]`."""
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == row, values, 0.0), axis=0)
+
+
+@triton.jit
+def choose_blocks(
+    masses_ptr, weights_ptr, runs_ptr, anchors, seen, query_len, tau,
+    layer, kv_head, first_span, step, num_spans, seq_len, block_table_row_ptr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+):
+    """Which blocks of a chunk are read, and what each of them counts.
+
+    A block's share is its part of the softmax's denominator, the largest over the rows of a query
+    token. For the denominator every row has the mass of the first and last tokens, `anchors`,
+    float32 `[ROWS_PADDED]`, and those of the blocks between the first and the newest that the
+    program has seen, of which the largest stands for itself alone and the others for all that
+    other programs see.
+
+    For each query token a block is read with probability `p = min(1, share / tau)`, and counts
+    1 / p times if it is; the request's first block and those of the token and newer are read for
+    sure. Draws are systematic: with the running sum of `p` over the chunk, a block is read where
+    the sum crosses a whole number, less an offset that `draw_offset` gives. A block is read if a
+    token wants it. `seen`: of the chunks before, or zeros. See `weigh_blocks` for the others.
+
+    Writes, in the order of blocks, the runs of UNIT tokens that are read to `runs[rank]`, int32:
+    place (see `load_places`), position, slot of the block in the chunk; and `log2(1 / p)`, -inf
+    for blocks that a token does not want, to `weights[slot, token]`.
+    Returns the number of runs, `seen`, the denominator, `[ROWS_PADDED]`, and what became of the
+    blocks: how many there are, how many are read, how many of these were drawn, and the share of
+    all that were left to the draw, in the row that weighs each of them most.
+    """
+    BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
+    PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK_SIZE
+    SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * PER_SPAN
+    UNIT: tl.constexpr = BLOCK.UNIT
+    PER_BLOCK: tl.constexpr = BLOCK.PER_BLOCK
+    GROUP: tl.constexpr = QUERY.GROUP
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
+    slots = tl.arange(0, SLOTS)  # up to 32, every warp has all, and no sum crosses warps
+    rows = tl.arange(0, ROWS_PADDED)
+    spans = slots // PER_SPAN
+    blocks = (first_span + spans * step) * PER_SPAN + slots % PER_SPAN
+    exists = (spans < num_spans) & (blocks * BLOCK_SIZE < seq_len)
+    places = ()
+    for part in tl.static_range(PER_BLOCK):
+        runs = blocks * PER_BLOCK + part
+        page = tl.load(
+            block_table_row_ptr + runs // BLOCK.PER_PAGE,
+            mask=exists & (runs * UNIT < seq_len), other=0,
+        )
+        places += (page * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE,)
+    newest = (seq_len - query_len) // BLOCK_SIZE
+    is_middle = exists & (blocks > 0) & (blocks < newest)
+    seen_sums, seen_largest, num_seen = seen
+    num_seen += tl.sum(is_middle.to(tl.int32), axis=0)
+    scale = tl.maximum(newest - 1, 0) / tl.maximum(num_seen, 1).to(tl.float32)
+    denominator = tl.full([ROWS_PADDED], 1.0, tl.float32)
+    wanted = exists & (slots < 0)
+    sure = wanted
+    left = 0.0
+    for token in range(query_len):
+        share = tl.zeros([SLOTS], tl.float32)
+        masses = ()
+        for head in tl.static_range(GROUP):
+            masses_row_ptr = masses_ptr + (token * GROUP + head) * SLOTS
+            masses += (tl.load(masses_row_ptr + slots, mask=exists, other=0.0),)
+        for head in tl.static_range(GROUP):
+            row = token * GROUP + head
+            middle = tl.where(is_middle, masses[head], 0.0)
+            sums, largest = tl.reduce((middle, middle), 0, _add_and_compare)
+            sums += _of_row(seen_sums, row)
+            largest = tl.maximum(largest, _of_row(seen_largest, row))
+            total = _of_row(anchors, row) + largest + (sums - largest) * scale
+            share = tl.maximum(share, masses[head] / total)
+            seen_sums = tl.where(rows == row, sums, seen_sums)
+            seen_largest = tl.where(rows == row, largest, seen_largest)
+            denominator = tl.where(rows == row, total, denominator)
+        position = seq_len - query_len + token
+        # a share that is no number is read
+        is_small = exists & (blocks > 0) & (blocks < position // BLOCK_SIZE) & (share < tau)
+        chances = tl.maximum(tl.ceil(share / tau * CHANCES), 1.0)
+        chances = tl.where(is_small, chances, 0.0).to(tl.int32)
+        drawn = tl.cumsum(chances, axis=0) + draw_offset(layer, kv_head, position, first_span)
+        is_hit = drawn // CHANCES != (drawn - chances) // CHANCES
+        weights = LOG2_CHANCES - tl.log2(chances.to(tl.float32))
+        weights = tl.where(is_small, tl.where(is_hit, weights, float("-inf")), 0.0)
+        tl.store(weights_ptr + slots * QUERY.QUERY_LEN + token, weights, mask=exists)
+        sure |= exists & (is_small == 0)
+        wanted |= is_hit
+        left += tl.sum(tl.where(is_small, share, 0.0), axis=0)
+    wanted |= sure
+    ranks = tl.cumsum(wanted.to(tl.int32), axis=0)
+    for part in tl.static_range(PER_BLOCK):
+        entry_ptr = runs_ptr + ((ranks - 1) * PER_BLOCK + part) * 3
+        tl.store(entry_ptr, places[part], mask=wanted)
+        tl.store(entry_ptr + 1, (blocks * PER_BLOCK + part) * UNIT, mask=wanted)
+        tl.store(entry_ptr + 2, slots, mask=wanted)
+    num_wanted = tl.sum(wanted.to(tl.int32), axis=0)
+    num_drawn = tl.sum((wanted & (sure == 0)).to(tl.int32), axis=0)
+    num_blocks = tl.sum(exists.to(tl.int32), axis=0)
+    counts = (num_blocks, num_wanted, num_drawn, left)
+    return num_wanted * PER_BLOCK, (seen_sums, seen_largest, num_seen), denominator, counts

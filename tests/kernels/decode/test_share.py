@@ -1,0 +1,71 @@
+"""Blocks read by their share: kernels against the oracle with the same draws."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import Case, count_kept, make_batch, run_decode
+
+from vllm_ffa_fp8fp8.kernels import DecodePlan
+from vllm_ffa_fp8fp8.kernels.counters import SHARE_UNITS, new_counters
+from vllm_ffa_fp8fp8.kernels.decode.attention import chunk_spans
+from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
+
+TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+
+
+def share_limits(case: Case, device: str, **changes):
+    limits = case.limits(132 if device == "cuda" else 2)
+    return dataclasses.replace(limits, rule="share", **changes)
+
+
+def dealt(batch, limits, device: str) -> list[dict[str, int]]:
+    """How the plan shares the batch's requests among programs."""
+    seq_lens = batch.seq_lens.to(device)
+    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
+    items = {int(row[0]): int(row[2]) for row in plan.work.cpu() if row[0] >= 0}
+    chunk = chunk_spans(limits, len(seq_lens), batch.planes(device), batch.case.dtype)
+    return [
+        {"span": limits.span, "num_items": items[request], "chunk_spans": chunk}
+        for request in range(len(seq_lens))
+    ]
+
+
+CASES = [
+    Case(),
+    Case(block_size=16),
+    Case(block_size=32, page_size=16),
+    Case(block_size=64, page_size=16),
+    Case(block_size=16, page_size=48),
+    Case(block_size=128, page_size=128),
+    Case(lengths=(700, 65), group=1, num_kv_heads=3),
+    Case(lengths=(513, 1030), group=7, block_size=16),
+    Case(head_size=80, block_size=16),
+    Case(head_size=128, dtype=torch.float16),
+    Case(fp8_value=True, block_size=16),
+    Case(fp8_key=False, residual=False),
+    Case(residual=False),
+    Case(lengths=(300, 40, 700), query_len=3, block_size=16),
+    Case(lengths=(300, 40, 700), query_len=5, group=2),
+]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_oracle(device, case, tau):
+    batch = make_batch(case)
+    limits = share_limits(case, device)
+    tau = torch.tensor([tau])
+    counted = new_counters(case.num_kv_heads, device)
+    expected_counts = new_counters(case.num_kv_heads, "cpu")
+    output, _ = run_decode(batch, device, None, limits, tau=tau, counters=counted, layer=3)
+    expected, kept = decode_attention_reference(
+        batch.query(), batch.planes(), batch.block_table, batch.seq_lens,
+        block_size=case.block_size, scale=case.scale, tau=tau, layer=3,
+        dealt=dealt(batch, limits, device), counters=expected_counts, dtype=torch.float64,
+    )  # fmt: skip
+    assert counted.cpu()[:, :4].equal(expected_counts[:, :4])
+    assert (counted.cpu() - expected_counts).abs().max() <= SHARE_UNITS // 1000
+    assert expected_counts[:, :3].tolist() == count_kept(batch, kept)
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[case.dtype]
