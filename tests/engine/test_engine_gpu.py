@@ -98,6 +98,18 @@ def test_fp8_values_recall_every_code():
         assert run.skip_ratio(batch) > 0.05
 
 
+@pytest.mark.parametrize("options", [{}, {"block_size": 64, "v_cache_dtype": "fp8"}], ids=str)
+def test_reading_by_share_recalls_every_code(options):
+    batches = recall_batches(RECALL_LENGTHS_GPU, ASKED_GPU)
+    run = run_ours(batches, ANSWER, {"tau": 0.03} | options, **GPU)
+    check_graphs(run)
+    for batch, length in enumerate(RECALL_LENGTHS_GPU):
+        check_codes(run.batches[batch], questions(length, ASKED_GPU))
+        print(f"{length} tokens: {run.skip_ratio(batch):.1%} of the blocks skipped")
+        assert run.skip_ratio(batch) > 0.5
+        assert 0 < run.skips[batch]["drawn_blocks"] < run.skips[batch]["kept_blocks"]
+
+
 @pytest.mark.xdist_group("balanced")
 def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balanced_run):
     options = {"preset": "balanced", "precomputed_threshold": True, "record_skip_ratio": False}
