@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "score a model's answers with settings of FFA_FP8FP8 and without, by tasks of lm-eval",
     "record": "save what a model's attention layers see on your prompts, for `bench layers`",
     "quality": "compare next-token distributions with the default backend's on your text",
+    "calibrate": "find the tau or delta that reaches a wished quality on your model and text",
     "plot": "draw what bench and quality measured",
 }
 """Each is a module of this folder with `add_arguments(parser)` and `run(options)`."""

@@ -133,13 +133,13 @@ def check_lengths(options: argparse.Namespace, settings: list[Setting], texts: T
                 )
 
 
-def check_path(path: Path | None) -> None:
+def check_path(path: Path | None, argument: str = "--json") -> None:
     """Raises ValueError where the figures could not be kept at the end."""
     if path is None:
         return
     make_folder(path.parent)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: --json takes a file")
+        raise ValueError(f"{path} is a folder: {argument} takes a file")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:

@@ -27,9 +27,23 @@ def judge_texts(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, A
             judged) and `limit` (delta or tau, to set before; None: as in the options).
 
     Returns the `backend`, and for each of the `runs` a list of texts with `figures` (FIGURES of
-    each token) and `layers` (of `ffa_skip_stats`; empty for another backend); or a `problem` that
-    the user can mend.
+    each token) and `layers` (of `ffa_skip_stats`, and `squares` of `ffa_layer_errors`, None where
+    they are not measured; empty for another backend); or a `problem` that the user can mend.
     """
+    try:
+        llm = start_engine(job, tell)
+    except ModelRefused as error:
+        return {"problem": str(error)}
+    runs = [Run(llm, job, run, tell).judge_all() for run in job["runs"]]
+    return {"backend": stop_engine(llm), "runs": runs}
+
+
+class ModelRefused(ValueError):
+    """What the user can mend, found before weights are loaded."""
+
+
+def start_engine(job: dict[str, Any], tell: Callable[[str], None], **arguments: Any) -> Any:
+    """vLLM's LLM for a job of `judge_texts`. Raises ModelRefused."""
     tell("importing vLLM")
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -45,22 +59,25 @@ def judge_texts(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, A
         "skip_tokenizer_init": True,
         "logits_processors": [PROCESSOR],
         "worker_extension_cls": EXTENSION,
+        **arguments,
     } | job["llm"]
     if job["check"]:
         tell("looking whether the model can run with FFA_FP8FP8")
         try:
             make_references(job, check_model(llm_arguments, job["check"]))
         except ValueError as error:
-            return {"problem": str(error)}
+            raise ModelRefused(str(error)) from error
     tell("loading the model")
     if job["options"] is not None:
-        options = job["options"] | {"record_skip_ratio": True}
-        llm_arguments |= ours(options)
-    llm = LLM(**llm_arguments)
-    runs = [Run(llm, job, run, tell).judge_all() for run in job["runs"]]
+        llm_arguments |= ours(job["options"] | {"record_skip_ratio": True})
+    return LLM(**llm_arguments)
+
+
+def stop_engine(llm: Any) -> str:
+    """The name of its backend."""
     backend = llm.collective_rpc("ffa_backend_names")[0]
     llm.llm_engine.engine_core.shutdown()  # the next engine needs the memory
-    return {"backend": backend, "runs": runs}
+    return backend
 
 
 def ours(options: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +166,7 @@ class Run:
         texts, last = self.job["texts"], self.job["last"]
         tokens = texts[number]
         place = f"text {number + 1} of {len(texts)}, {len(tokens):,} tokens"
-        if len(self.job["runs"]) > 1:
+        if len(self.job["runs"]) != 1:
             place = f"{self.run['name']}, {place}"
         self.tell(place)
         figures = Path(self.job["folder"], "figures")
@@ -164,6 +181,7 @@ class Run:
         )
         if self.is_ours:
             self.llm.collective_rpc("ffa_skip_stats")  # reading starts a new count
+            self.llm.collective_rpc("ffa_layer_errors")
         self.generate(tokens, [text] * (self.run["copies"] - 1) + [judged])
         found = np.fromfile(figures).reshape(last, -1)
         if np.isnan(found).any():
@@ -177,7 +195,8 @@ class Run:
             use_tqdm=False,
         )
         for output, text in zip(outputs, texts, strict=True):
-            if list(output.outputs[0].token_ids) != text.tokens or output.num_cached_tokens:
+            cached = output.num_cached_tokens and not self.job.get("reuse_prompts")
+            if list(output.outputs[0].token_ids) != text.tokens or cached:
                 raise RuntimeError("the model was not led along the text, token by token")
 
     def count_blocks(self, text: JudgedText) -> list[dict[str, Any]]:
@@ -193,4 +212,14 @@ class Run:
         counted = stats["total_blocks"] + stats["short_blocks"]
         if counted != expected:
             raise RuntimeError(f"decode looked at {counted} blocks instead of {expected}")
-        return stats["layers"]
+        errors = sum_errors(self.llm.collective_rpc("ffa_layer_errors"))
+        return [layer | {"squares": errors.get(layer["layer"])} for layer in stats["layers"]]
+
+
+def sum_errors(workers: list[dict[int, list[float]]]) -> dict[int, list[float]]:
+    """`ffa_layer_errors` of all workers as one."""
+    sums: dict[int, list[float]] = {}
+    for worker in workers:
+        for layer, squares in worker.items():
+            sums[layer] = [a + b for a, b in zip(sums.get(layer, [0.0, 0.0]), squares, strict=True)]
+    return sums

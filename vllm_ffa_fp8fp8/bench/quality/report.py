@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Report:
             title = f"{model}, {content['tokens']:,} tokens, the last {self.last} of them"
             screen.line()
             show_table(screen, main_table(content["settings"], title))
-            if (table := layer_table(content["settings"])) is not None:
+            for table in layer_tables(content["settings"]):
                 screen.line()
                 show_table(screen, table)
             if self.path is not None:
@@ -103,14 +103,15 @@ def entry(
         "options": run.options,
         "backend": run.backend,
         **summary(texts),
-        "kept_by_layer": kept_by_layer(texts),
+        **by_layer(texts),
         "texts": parts,
     }
 
 
 def summary(texts: Sequence[Text]) -> dict[str, float]:
     """`kept`: fraction of the blocks; `kl_mean`, `kl_max`: nats; `kl_error`: the mean's standard
-    error, tokens taken as independent; `agree`: fraction; `loss`: nats a token."""
+    error, tokens taken as independent; `agree`: fraction; `loss`: nats a token; `left`,
+    `left_most`: see `left_of`."""
     kl, agrees, loss = np.concatenate([text["figures"] for text in texts]).T
     counts = [layer for text in texts for layer in text["layers"]]
     return {
@@ -120,6 +121,8 @@ def summary(texts: Sequence[Text]) -> dict[str, float]:
         "kl_max": float(kl.max()),
         "agree": float(agrees.mean()),
         "loss": float(loss.mean()),
+        "left": left_of(counts),
+        "left_most": max((count["most_left_mass"] for count in counts), default=0.0),
     }
 
 
@@ -131,14 +134,43 @@ def kept_of(counts: Iterable[dict[str, Any]]) -> float:
     return (sum(count["kept_blocks"] for count in counts) + short) / total if total else 1.0
 
 
-def kept_by_layer(texts: Sequence[Text]) -> list[float]:
-    """In the order of the layers; empty for another backend."""
-    return [kept_of(counts) for counts in zip(*(text["layers"] for text in texts), strict=True)]
+def left_of(counts: Iterable[dict[str, Any]]) -> float:
+    """By share: the share of the softmax that was left to the draw, the mean over query tokens, KV
+    heads and layers."""
+    counts = list(counts)
+    tokens = sum(count["tokens"] for count in counts)
+    return sum(count["left_mass"] for count in counts) / tokens if tokens else 0.0
+
+
+def error_of(counts: Iterable[dict[str, Any]]) -> float:
+    """What skipping changed in attention's outputs, 2-norm, relative to them."""
+    changed, exact = map(sum, zip(*(count["squares"] for count in counts), strict=True))
+    return math.sqrt(changed / exact) if exact else 0.0
+
+
+FIGURES_BY_LAYER = {"kept": kept_of, "left": left_of, "error": error_of}
+TITLES = {
+    "kept": "Kept by layer",
+    "left": "Left to the draw, by layer: share of the softmax, mean",
+    "error": "Error of attention's output by layer: of skipping alone, relative 2-norm",
+}
+
+
+def by_layer(texts: Sequence[Text]) -> dict[str, list[float]]:
+    """`kept_by_layer`, `left_by_layer` and `error_by_layer` in the order of the layers; empty for
+    another backend, and where they are not measured."""
+    layers = list(zip(*(text["layers"] for text in texts), strict=True))
+    has_errors = all(count["squares"] for layer in layers for count in layer)
+    return {
+        f"{name}_by_layer": [figure(layer) for layer in layers if has_errors or name != "error"]
+        for name, figure in FIGURES_BY_LAYER.items()
+    }
 
 
 def main_table(entries: Sequence[Entry], title: str) -> Table:
     headings = ("kept", "KL, mean", "±", "KL, largest", "same best token", "loss", "over default")
-    table = markdown_table(title, "setting", *headings)
+    has_draws = any(found["left"] for found in entries)
+    table = markdown_table(title, "setting", *headings, *["left to the draw"] * has_draws)
     for found in entries:
         table.add_row(
             found["name"],
@@ -149,17 +181,19 @@ def main_table(entries: Sequence[Entry], title: str) -> Table:
             f"{found['agree']:.1%}",
             f"{found['loss']:.4f}",
             f"{found['loss'] - entries[0]['loss']:+.4f}",
+            *[f"{found['left']:.3f}"] * has_draws,
         )
     return table
 
 
-def layer_table(entries: Sequence[Entry]) -> Table | None:
-    """Kept fractions, a row a layer; None where no setting of FFA_FP8FP8 was judged."""
-    ours = [found for found in entries if found["kept_by_layer"]]
-    if not ours:
-        return None
-    table = markdown_table("Kept by layer", "layer", *(found["name"] for found in ours))
-    rows = zip(*(found["kept_by_layer"] for found in ours), strict=True)
-    for layer, kept in enumerate(rows):
-        table.add_row(str(layer), *(f"{fraction:.3f}" for fraction in kept))
-    return table
+def layer_tables(entries: Sequence[Entry]) -> Iterator[Table]:
+    """A row a layer, of the figures that any setting has."""
+    for name, title in TITLES.items():
+        ours = [found for found in entries if any(found[f"{name}_by_layer"])]
+        if not ours:
+            continue
+        table = markdown_table(title, "layer", *(found["name"] for found in ours))
+        rows = zip(*(found[f"{name}_by_layer"] for found in ours), strict=True)
+        for layer, figures in enumerate(rows):
+            table.add_row(str(layer), *(f"{figure:.3f}" for figure in figures))
+        yield table

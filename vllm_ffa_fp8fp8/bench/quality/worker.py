@@ -1,4 +1,7 @@
-"""What `quality` asks of a worker, through `worker_extension_cls`."""
+"""What `quality` and `calibrate` ask of a worker, through `worker_extension_cls`."""
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_ffa_fp8fp8.attention.geometry import named_impls, pruning_block_size
 from vllm_ffa_fp8fp8.bench.serving_worker import BenchWorkerExtension
@@ -13,3 +16,43 @@ class QualityExtension(BenchWorkerExtension):
             block_size = pruning_block_size(self.cache_config.block_size, impl.config)
             total += impl.num_kv_heads * sum(-(-seq_len // block_size) for seq_len in seq_lens)
         return total
+
+    def ffa_measure_errors(self) -> None:
+        """From here on every layer decodes twice, the second time reading everything; outside of
+        CUDA graphs only, which call no Python."""
+        for impl in named_impls(self.vllm_config).values():
+            impl.ops = _MeasuredOps(impl)
+
+    def ffa_layer_errors(self) -> dict[int, list[float]]:
+        """Of each layer, since the last call, the sums of squares of what skipping changed in the
+        decodes' outputs, and of these outputs with everything read; empty where that is not
+        measured."""
+        impls = named_impls(self.vllm_config).items()
+        ops = {name: impl.ops for name, impl in impls if isinstance(impl.ops, _MeasuredOps)}
+        return {extract_layer_index(name): measured.take() for name, measured in ops.items()}
+
+
+class _MeasuredOps:
+    """A layer's ops, whose `decode` also sums up the squares of its errors."""
+
+    def __init__(self, impl):
+        self._impl, self._ops = impl, impl.ops
+        self._squares: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._ops, name)
+
+    def decode(self, query, planes, metadata, limit, output) -> None:
+        self._ops.decode(query, planes, metadata, limit, output)
+        pruned = output.double()  # its own kernel: between two decodes there must be one
+        counters, self._impl.counters = self._impl.counters, None
+        exact = torch.empty_like(output)
+        self._ops.decode(query, planes, metadata, None, exact)
+        self._impl.counters = counters
+        exact = exact.double()
+        squares = [(pruned - exact).square().sum(), exact.square().sum()]
+        self._squares.append(torch.stack(squares))
+
+    def take(self) -> list[float]:
+        squares, self._squares = self._squares, []
+        return torch.stack(squares).sum(0).tolist() if squares else [0.0, 0.0]
