@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 
 CHANCES = 1 << 20
+MOST_MASS = 2.0**100
+"""Relative to the anchors' best token; a block of this mass or more, or of one that is no number,
+is read for sure."""
 
 
 def _mixed(bits: int) -> int:
@@ -80,28 +83,32 @@ def choose_blocks_reference(
     reference = anchors.amax(-1, keepdim=True)
     masses = torch.nn.functional.pad((scores - reference).exp2(), (0, padding))
     masses = masses.unflatten(-1, (num_blocks, block_size)).sum(-1)
+    most = ~(masses < MOST_MASS)
+    masses = masses.masked_fill(most, MOST_MASS)
     anchor_mass = (anchors - reference).exp2().sum(-1)  # [num_kv_heads, num_rows]
 
-    blocks = torch.arange(num_blocks)
+    device = scores.device
+    blocks = torch.arange(num_blocks, device=device)
     newest = (seq_len - query_len) // block_size
     middle = (blocks > 0) & (blocks < newest)
     num_middle = max(newest - 1, 0)
-    weights = torch.full((num_kv_heads, query_len, num_blocks), -torch.inf, dtype=scores.dtype)
-    sure = torch.zeros(num_kv_heads, num_blocks, dtype=torch.bool)
-    left = torch.zeros(num_kv_heads, num_items, dtype=scores.dtype)
+    weights = scores.new_full((num_kv_heads, query_len, num_blocks), -torch.inf)
+    sure = torch.zeros(num_kv_heads, num_blocks, dtype=torch.bool, device=device)
+    left = scores.new_zeros(num_kv_heads, num_items)
     for item in range(num_items):
         spans = range(item, num_spans, num_items)
         step = chunk_spans or max(1, len(spans))
-        seen = torch.zeros(num_blocks, dtype=torch.bool)
+        seen = torch.zeros(num_blocks, dtype=torch.bool, device=device)
         for begin in range(0, len(spans), step):
             chunk = spans[begin : begin + step]
-            mine = (blocks[:, None] // (span // block_size) == torch.tensor(chunk)).any(1)
+            mine = (blocks[:, None] // (span // block_size) == scores.new_tensor(chunk)).any(1)
             seen |= mine & middle
             sums = masses[..., seen].sum(-1)
             largest = masses[..., seen].amax(-1) if seen.any() else torch.zeros_like(sums)
             scale = num_middle / max(1, int(seen.sum()))
             total = anchor_mass + largest + (sums - largest) * scale
-            shares = (masses[..., mine] / total[..., None]).unflatten(1, (query_len, -1)).amax(2)
+            shares = (masses[..., mine] / total[..., None]).masked_fill(most[..., mine], torch.inf)
+            shares = shares.unflatten(1, (query_len, -1)).amax(2)
             for head in range(num_kv_heads):
                 for token in range(query_len):
                     position = seq_len - query_len + token

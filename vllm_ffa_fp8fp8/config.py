@@ -104,6 +104,11 @@ class FFAConfig:
             return self.tau
         return self.delta if math.isfinite(self.delta) else None
 
+    def block_size_in(self, page_size: int) -> int:
+        """Tokens that are kept or skipped together on pages of so many: the option, else 16 by
+        share, and by threshold the largest power of two that divides the page, up to 128."""
+        return self.block_size or math.gcd(page_size, 16 if self.rule == "share" else 128)
+
     def to_dict(self) -> dict[str, Any]:
         """Every option of the rule as plain JSON data, from which `load` rebuilds an object that
         does the same."""

@@ -169,6 +169,17 @@ def chunk_spans(
     return max(tile, min(limits.chunk_blocks(num_reqs), held))
 
 
+def dealt(
+    plan: DecodePlan, planes: KVPlanes, query_dtype: torch.dtype
+) -> list[dict[str, int]]:
+    """How programs share each request of the plan's batch: arguments of the oracle,
+    `choose_blocks_reference`."""
+    items = {request: count for request, _, count, _ in plan.work.tolist() if request >= 0}
+    chunk = chunk_spans(plan.limits, len(items), planes, query_dtype)
+    shared = {"span": plan.limits.span, "chunk_spans": chunk}
+    return [shared | {"num_items": items[request]} for request in sorted(items)]
+
+
 def tile_spans(
     limits: DecodeLimits, num_reqs: int, planes: KVPlanes, query_dtype: torch.dtype
 ) -> int:

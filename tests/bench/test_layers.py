@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.bench.layers import device, rule
 from vllm_ffa_fp8fp8.bench.layers.contexts import MAIN, MODEL, choose_steps, window, with_heads
 from vllm_ffa_fp8fp8.bench.layers.measure import Point, effective
 from vllm_ffa_fp8fp8.bench.layers.rule import block_size_of, compute, relative, to_e4m3
+from vllm_ffa_fp8fp8.bench.layers.share import Dealt
 from vllm_ffa_fp8fp8.bench.recording.layouts import (
     decode_step,
     shuffled_table,
@@ -22,6 +23,7 @@ from vllm_ffa_fp8fp8.bench.recording.layouts import (
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
+from vllm_ffa_fp8fp8.option_values import RULES
 
 LENGTH = 140
 
@@ -36,15 +38,26 @@ CONFIGS = {
     "less precise": config(use_fp8_residual=False, v_cache_dtype="fp8", delta=1.0),
     "everything": config(delta=None),
     "short": config(min_context=LENGTH + 1),
+    "share": config(rule="share", tau=0.2, block_size=None),
+    "share of 32": config(rule="share", tau=0.4, block_size=32),
 }
+CHUNKS = {"span": 64, "num_items": 1, "chunk_spans": 2}
+PROGRAMS = {"span": 16, "num_items": 3, "chunk_spans": 2}
+LAYER = 2
 
 
 @pytest.mark.parametrize(
-    "name, heads", [*((name, MODEL) for name in CONFIGS), ("small blocks", MAIN)]
+    "name, heads, shared",
+    [
+        *((name, MODEL, {}) for name in CONFIGS),
+        ("small blocks", MAIN, {}),
+        ("share", MAIN, CHUNKS),
+        ("share", MAIN, PROGRAMS),
+    ],
 )
-def test_the_rule_is_the_oracles(name, heads):
-    steps, options = choose_steps(with_heads(layer(), heads), LENGTH), CONFIGS[name]
-    (outcome,) = compute(steps, [options], rounded=False).ours
+def test_the_rule_is_the_oracles(name, heads, shared):
+    steps, options = choose_steps(with_heads(layer(LAYER), heads), LENGTH), CONFIGS[name]
+    (outcome,) = compute(steps, [options], rounded=False, dealt=[Dealt(**shared)]).ours
     dense = stack([steps.dense(place) for place in range(len(steps.chosen))])
     table = shuffled_table(len(dense.key), LENGTH, 64, 0, "cpu")
     layout = PageLayout(
@@ -54,12 +67,13 @@ def test_the_rule_is_the_oracles(name, heads):
     planes = to_planes(to_pages(dense.key, table, 64), to_pages(dense.value, table, 64), layout)
     expected, kept = decode_attention_reference(
         dense.query[:, 0], planes, table, torch.full((len(table),), LENGTH),
-        block_size=block_size_of(options), scale=SHAPE.scale, delta=torch.tensor([options.delta]),
-        min_context=options.min_context, dtype=torch.float64,
+        block_size=block_size_of(options), scale=SHAPE.scale, layer=LAYER,
+        dealt=[shared] * len(table), min_context=options.min_context, dtype=torch.float64,
+        **{RULES[options.rule]: torch.tensor([options.limit or math.inf], dtype=torch.float64)},
     )  # fmt: skip
     assert torch.equal(outcome.kept, torch.stack([flags.sum(1) for flags in kept]))
     assert (outcome.output - expected).norm() < 1e-12 * expected.norm()
-    prunes = name in ("small blocks", "less precise", "pages")
+    prunes = name not in ("everything", "short")
     assert (outcome.kept < outcome.num_blocks).any() == prunes
     assert (outcome.dropped > 0).any() == prunes
 
@@ -140,20 +154,23 @@ def untimed(monkeypatch):
     monkeypatch.setattr(device, "num_sets", lambda shape: 1)
 
 
-def few_steps():
-    steps = choose_steps(layer(), LENGTH)
+def few_steps(index: int = 0):
+    steps = choose_steps(layer(index), LENGTH)
     return replace(steps, chosen=steps.chosen[1:3], requests=steps.requests[:1])
 
 
 @pytest.mark.slow
 def test_the_kernels_outputs_pass_the_check(untimed):
-    steps, names = few_steps(), ("small blocks", "less precise", "short")
+    steps, names = few_steps(LAYER), ("small blocks", "less precise", "short", "share")
     configs = {name: CONFIGS[name] for name in names}
     truth = compute(steps, list(configs.values()), rounded=False)
     found = list(device.measure_settings(steps, configs, truth, [1]))
     assert sorted(name for _, name, _ in found) == sorted(names)
     for batch, name, figure in found:
         assert (batch, figure["us"], figure["failed"]) == (1, 7.0, None)
+        if name == "share":  # drawn otherwise than by one program
+            assert figure["kept"] < 1 and 0 < figure["error"] < 0.5
+            continue
         outcome = truth.ours[names.index(name)]
         by_head = outcome.kept.double().mean(0) / outcome.num_blocks
         assert figure["kept_by_head"] == pytest.approx(by_head.tolist(), abs=1e-4)
@@ -168,12 +185,32 @@ def test_the_kernels_outputs_pass_the_check(untimed):
         (lambda o: replace(o, output=o.output * math.nan), "off by nan"),
     ],
 )
-def test_an_output_that_is_not_the_oracles_has_no_time(untimed, wrong, says):
+def test_an_output_that_is_not_the_oracles_has_no_time(untimed, monkeypatch, wrong, says):
     steps = few_steps()
     truth = compute(steps, [config()], rounded=False)
     truth = replace(truth, ours=[wrong(truth.ours[0])])
+    monkeypatch.setattr(device, "compute", lambda *_, **__: truth)
     ((_, _, figure),) = device.measure_settings(steps, {"": config()}, truth, [1])
     assert figure["us"] is None and says in figure["failed"]
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.4])
+def test_draws_and_weights_of_another_kind_are_seen(monkeypatch, tau):
+    steps, options = choose_steps(layer(LAYER), LENGTH), config(rule="share", tau=tau)
+
+    def outcome(steps, **shared):
+        return compute(steps, [options], rounded=False, dealt=[Dealt(**shared)]).ours[0]
+
+    def problem(wrong) -> str | None:
+        return device.problem_of(wrong.output, wrong.kept.sum(0), right)
+
+    right = outcome(steps)
+    assert problem(right) is None
+    assert problem(outcome(replace(steps, layer=LAYER + 1)))
+    assert problem(outcome(steps, **PROGRAMS))
+    weights = rule.share_weights
+    monkeypatch.setattr(rule, "share_weights", lambda *a, **k: weights(*a, **k).clamp(max=1))
+    assert "off by" in problem(outcome(steps))
 
 
 def test_what_rounding_may_decide_is_allowed_for():
@@ -203,8 +240,9 @@ def test_rounded_scores_move_outputs_as_far_as_is_allowed_for():
     assert torch.allclose(found, expected, rtol=0.25)
 
 
-def test_dense_layers_are_not_pruned():
-    options = config(dense_layers=(0, -1)).to_dict()
+@pytest.mark.parametrize("rule", RULES)
+def test_dense_layers_are_not_pruned(rule):
+    options = config(rule=rule, dense_layers=(0, -1)).to_dict()
     prunes = [
         effective(Point(index, LENGTH, 1, "ours", "", options), 4).prunes for index in range(4)
     ]

@@ -149,7 +149,7 @@ def test_what_a_setting_costs_is_measured(measured_here):
 def launch_oracle(self, inputs, planes, output, counters):
     expected, _ = decode_attention_reference(
         inputs.query, planes, inputs.block_table, inputs.seq_lens, block_size=self.block_size,
-        scale=self.scale, delta=self.delta, counters=counters,
+        scale=self.scale, delta=self.limit, counters=counters,
     )  # fmt: skip
     output.copy_(expected)
 

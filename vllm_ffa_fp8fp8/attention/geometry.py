@@ -1,6 +1,5 @@
 """What backend, metadata, ops and layers have to agree on: options, page, block, query tokens."""
 
-import math
 from typing import Any
 
 import torch
@@ -54,9 +53,8 @@ def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLa
 
 
 def pruning_block_size(page_size: int, config: FFAConfig) -> int:
-    """Tokens that are kept or skipped together: the option, else 16 by share, and by threshold the
-    largest power of two that divides vLLM's page, up to 128."""
-    return config.block_size or math.gcd(page_size, 16 if config.rule == "share" else 128)
+    """Tokens that are kept or skipped together, on vLLM's page."""
+    return config.block_size_in(page_size)
 
 
 def preferred_page_size(vllm_config) -> int:

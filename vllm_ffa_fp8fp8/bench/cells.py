@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from vllm_ffa_fp8fp8.config import FFAConfig
-from vllm_ffa_fp8fp8.option_values import BLOCK_SIZES
+from vllm_ffa_fp8fp8.option_values import BLOCK_SIZES, RULES
 
 OURS, EXACT, FA3_BF16, FA3_FP8 = "ours", "exact", "fa3_bf16", "fa3_fp8"
 PEERS = {FA3_BF16: 4, FA3_FP8: 2}
@@ -147,7 +147,8 @@ class Cell:
         """The options of planted scores."""
         pairs = (item.partition("=") for item in self.setting.split(",") if item)
         options = {name: json.loads(value) for name, _, value in pairs}
-        return FFAConfig(**{"v_cache_dtype": self.value_dtype} | options)
+        rule = next((rule for rule, name in RULES.items() if name in options), "threshold")
+        return FFAConfig(**{"v_cache_dtype": self.value_dtype, "rule": rule} | options)
 
     def peer(self, series: str) -> "Cell":
         """The cell of another kernel that this one is compared with."""
@@ -165,12 +166,14 @@ NOT_OF_DECODE = ("dense_layers", "min_context", "record_skip_ratio", "fused_kpro
 
 
 def describe(config: FFAConfig) -> str:
-    """`delta=10.0,block_size=16`: the options of one launch, delta and what is not the default."""
+    """`delta=10.0,block_size=16`: the options of one launch, delta or tau and what is not the
+    default."""
     defaults = FFAConfig().to_dict()
     return ",".join(
         f"{name}={json.dumps(value)}"
         for name, value in config.to_dict().items()
-        if name == "delta" or (name not in NOT_OF_DECODE and value != defaults[name])
+        if name in RULES.values()
+        or (name not in ("rule", *NOT_OF_DECODE) and value != defaults[name])
     )
 
 

@@ -8,7 +8,7 @@ from cases import Case, count_kept, make_batch, run_decode
 
 from vllm_ffa_fp8fp8.kernels import DecodePlan
 from vllm_ffa_fp8fp8.kernels.counters import SHARE_UNITS, new_counters
-from vllm_ffa_fp8fp8.kernels.decode.attention import chunk_spans
+from vllm_ffa_fp8fp8.kernels.decode.attention import dealt
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -17,18 +17,6 @@ TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 def share_limits(case: Case, device: str, **changes):
     limits = case.limits(132 if device == "cuda" else 2)
     return dataclasses.replace(limits, rule="share", **changes)
-
-
-def dealt(batch, limits, device: str) -> list[dict[str, int]]:
-    """How the plan shares the batch's requests among programs."""
-    seq_lens = batch.seq_lens.to(device)
-    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
-    items = {int(row[0]): int(row[2]) for row in plan.work.cpu() if row[0] >= 0}
-    chunk = chunk_spans(limits, len(seq_lens), batch.planes(device), batch.case.dtype)
-    return [
-        {"span": limits.span, "num_items": items[request], "chunk_spans": chunk}
-        for request in range(len(seq_lens))
-    ]
 
 
 CASES = [
@@ -59,10 +47,13 @@ def test_matches_oracle(device, case, tau):
     counted = new_counters(case.num_kv_heads, device)
     expected_counts = new_counters(case.num_kv_heads, "cpu")
     output, _ = run_decode(batch, device, None, limits, tau=tau, counters=counted, layer=3)
+    seq_lens = batch.seq_lens.to(device)
+    plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
+    shared = dealt(plan, batch.planes(device), case.dtype)
     expected, kept = decode_attention_reference(
         batch.query(), batch.planes(), batch.block_table, batch.seq_lens,
         block_size=case.block_size, scale=case.scale, tau=tau, layer=3,
-        dealt=dealt(batch, limits, device), counters=expected_counts, dtype=torch.float64,
+        dealt=shared, counters=expected_counts, dtype=torch.float64,
     )  # fmt: skip
     assert counted.cpu()[:, :4].equal(expected_counts[:, :4])
     assert (counted.cpu() - expected_counts).abs().max() <= SHARE_UNITS // 1000

@@ -20,8 +20,10 @@ LONGER = 1.25
 
 @dataclass(frozen=True)
 class Steps:
-    """Some decode steps of a layer; `chosen` are pairs of request and step."""
+    """Some decode steps of a layer, the model's `layer`-th; `chosen` are pairs of request and
+    step."""
 
+    layer: int
     shape: LayerShape
     requests: list[RecordedRequest]
     chosen: list[tuple[int, int]]
@@ -62,6 +64,7 @@ def choose_steps(layer: RecordedLayer, length: int) -> Steps:
     chosen = [places[i * len(places) // count] for i in range(count)]
     used = sorted({number for number, _ in chosen})
     return Steps(
+        layer.index,
         layer.shape,
         [layer.requests[number] for number in used],
         [(used.index(number), step) for number, step in chosen],

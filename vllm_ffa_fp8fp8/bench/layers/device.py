@@ -10,7 +10,15 @@ from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, FA3_FP8, Geometry, Shape
 from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
 from vllm_ffa_fp8fp8.bench.inputs import Inputs, num_sets
 from vllm_ffa_fp8fp8.bench.layers.contexts import Steps
-from vllm_ffa_fp8fp8.bench.layers.rule import PAGE_SIZE, Outcome, Truth, relative
+from vllm_ffa_fp8fp8.bench.layers.rule import (
+    PAGE_SIZE,
+    SHARED_BY_NONE,
+    Outcome,
+    Truth,
+    compute,
+    relative,
+)
+from vllm_ffa_fp8fp8.bench.layers.share import Dealt
 from vllm_ffa_fp8fp8.bench.peers import time_peer
 from vllm_ffa_fp8fp8.bench.recording.layouts import (
     shuffled_table,
@@ -21,6 +29,7 @@ from vllm_ffa_fp8fp8.bench.recording.layouts import (
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
+from vllm_ffa_fp8fp8.option_values import RULES
 
 PEERS = {"fa3-bf16": FA3_BF16, "fa3-fp8": FA3_FP8}
 Found = Iterator[tuple[int, str, dict[str, Any]]]
@@ -44,7 +53,7 @@ class Batches:
 
     def __init__(self, steps: Steps, batch: int, page_size: int, count: int | None = None):
         self.shape = shape_of(steps, batch, page_size)
-        self.scale = steps.shape.scale
+        self.scale, self.layer = steps.shape.scale, steps.layer
         enough = max(num_sets(self.shape), -(-len(steps.chosen) // batch))
         self.sets = [self._make(steps, number) for number in range(count or enough)]
 
@@ -69,17 +78,35 @@ class Batches:
 
     def decoder(self, config: FFAConfig, planes: KVPlanes) -> Decoder:
         if self.shape.seq_len < config.min_context:
-            config = replace(config, delta=None)
+            config = unpruned(config)
+        device, dtype = str(planes.value.device), planes.value.dtype
         decoder = Decoder(
-            self.shape,
-            config.prunes,
-            {},
-            str(planes.value.device),
-            planes.value.dtype,
-            config=replace(config, block_size=config.block_size or PAGE_SIZE),
+            self.shape, config.prunes, {}, device, dtype, config=config, layer=self.layer
         )
         decoder.scale = self.scale
         return decoder
+
+
+def unpruned(config: FFAConfig) -> FFAConfig:
+    return replace(config, **{RULES[config.rule]: None})
+
+
+class Expected:
+    """The oracle's outcomes of all steps: those of the rule share for each way in which programs
+    share a request, which the size of a batch decides."""
+
+    def __init__(self, steps: Steps, configs: Mapping[str, FFAConfig]):
+        self.steps, self.configs = steps, configs
+        self.found: dict[tuple[str, Dealt], Outcome] = {}
+
+    def outcomes(self, dealt: Mapping[str, Dealt]) -> dict[str, Outcome]:
+        """Of settings; `dealt`: how their requests are shared."""
+        due = [pair for pair in dealt.items() if pair not in self.found]
+        if due:
+            configs = [self.configs[name] for name, _ in due]
+            truth = compute(self.steps, configs, rounded=False, dealt=[d for _, d in due])
+            self.found |= zip(due, truth.ours, strict=True)
+        return {name: self.found[name, d] for name, d in dealt.items()}
 
 
 def measure_settings(
@@ -87,33 +114,39 @@ def measure_settings(
 ) -> Found:
     """Figures of settings: errors and kept blocks over all steps, times of those whose outputs
     are the oracle's."""
-    outcomes = dict(zip(configs, truth.ours, strict=True))
+    expected = Expected(steps, configs)
     layouts: dict[tuple, list[str]] = {}
     for name, config in configs.items():
         layout = (page_size_of(config), config.use_fp8_residual, config.v_cache_dtype)
         layouts.setdefault(layout, []).append(name)
     for (page_size, *_), names in layouts.items():
         figures = {}
-        whole = Batches(steps, len(steps.chosen), page_size, count=1)
-        planes = whole.planes(configs[names[0]])
-        for name in names:
-            decoder = whole.decoder(configs[name], planes[0])
-            output, kept = run(decoder, whole.sets[0], planes[0])
-            figures[name] = outcomes[name].figure(relative(output, truth), kept) | {
-                "failed": problem_of(output, kept, outcomes[name])
-            }
-        del whole, planes
-        for batch in batches:
-            timed = Batches(steps, batch, page_size)
+        for batch in (None, *batches):
+            count = None if batch else 1
+            timed = Batches(steps, batch or len(steps.chosen), page_size, count)
             planes = timed.planes(configs[names[0]])
-            for name in names:
-                decoder = timed.decoder(configs[name], planes[0])
-                expected = of_rows(outcomes[name], range(batch))
-                problem = figures[name]["failed"]
-                problem = problem or problem_of(*run(decoder, timed.sets[0], planes[0]), expected)
+            decoders = {name: timed.decoder(configs[name], planes[0]) for name in names}
+            first = (timed.sets[0], planes[0])
+            outcomes = expected.outcomes({n: dealt_by(d, *first) for n, d in decoders.items()})
+            for name, decoder in decoders.items():
+                output, kept = run(decoder, *first)
+                rows = of_rows(outcomes[name], range(timed.shape.batch))
+                problem = problem_of(output, kept, rows)
+                if batch is None:
+                    figure = outcomes[name].figure(relative(output, truth), kept)
+                    figures[name] = figure | {"failed": problem}
+                    continue
+                problem = figures[name]["failed"] or problem
                 us = None if problem else decoder.time(timed.sets, planes)
                 yield batch, name, figures[name] | {"us": us, "failed": problem}
-            del timed, planes
+            del timed, planes, first, decoders, decoder
+
+
+def dealt_by(decoder: Decoder, inputs: Inputs, planes: KVPlanes) -> Dealt:
+    """How programs share each of the decoder's requests, which are equally long."""
+    if decoder.limit is None or decoder.config.rule != "share":
+        return SHARED_BY_NONE
+    return Dealt(**decoder.dealt(inputs, planes)[0])
 
 
 def measure_peers(
@@ -155,9 +188,9 @@ def problem_of(output: torch.Tensor, kept: torch.Tensor, expected: Outcome) -> s
     outcome of the same steps."""
     if not output.isfinite().all():
         return "the output is not finite"
-    error, norm = (output - expected.output).norm(), expected.output.norm()
-    if not error <= TOLERANCE * norm + expected.slack.norm():
-        return f"the output is off by {error / norm:.1e}"
+    error, norm = (output - expected.output).norm(dim=-1), expected.output.norm()
+    if not (error - expected.slack).clamp(min=0).norm() <= TOLERANCE * norm:
+        return f"the output is off by {error.norm() / norm:.1e}"
     least, most = expected.least.sum(0), expected.most.sum(0)
     if not ((least <= kept) & (kept <= most)).all():
         return f"{kept.tolist()} blocks kept, where {least.tolist()} to {most.tolist()} can be"

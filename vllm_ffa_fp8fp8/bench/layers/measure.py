@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +14,12 @@ from vllm_ffa_fp8fp8.bench.layers.contexts import (
     on_device,
     with_heads,
 )
-from vllm_ffa_fp8fp8.bench.layers.device import PEERS, measure_peers, measure_settings
+from vllm_ffa_fp8fp8.bench.layers.device import (
+    PEERS,
+    measure_peers,
+    measure_settings,
+    unpruned,
+)
 from vllm_ffa_fp8fp8.bench.layers.rule import compute, relative
 from vllm_ffa_fp8fp8.bench.recording.store import Recording, digest_of
 from vllm_ffa_fp8fp8.bench.store import PEER_FILES, fingerprint
@@ -26,7 +31,7 @@ WHOLE = {"kept": 1.0, "kept_by_head": [], "dropped_mass": 0.0, "failed": None, "
 """What is known of a kernel that reads everything."""
 OUR_FILES = (
     "contexts.py", "decoder.py", "device.py", "inputs.py", "layouts.py", "measure.py", "rule.py",
-    "timing.py",
+    "share.py", "timing.py",
 )  # fmt: skip
 
 
@@ -119,14 +124,14 @@ def effective(point: Point, num_layers: int) -> FFAConfig:
     """The options that hold in a layer. Raises ValueError where `dense_layers` names layers that
     the model does not have."""
     config = FFAConfig.load(overrides=point.options, num_layers=num_layers)
-    return replace(config, delta=None) if point.layer in config.dense_layers else config
+    return unpruned(config) if point.layer in config.dense_layers else config
 
 
 Figures = Iterator[tuple[int, str, dict[str, Any]]]
 
 
 def measured(steps, configs: Mapping[str, FFAConfig], peers, batches: set[int]) -> Figures:
-    truth = compute(steps, list(configs.values()), rounded=False)
+    truth = compute(steps, [], rounded=False)
     if configs:
         yield from measure_settings(steps, configs, truth, sorted(batches))
     for batch, peer, figure in measure_peers(steps, peers, truth, sorted(batches)):

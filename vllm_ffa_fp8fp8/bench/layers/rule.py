@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_ffa_fp8fp8.bench.layers.contexts import Steps, window
+from vllm_ffa_fp8fp8.bench.layers.share import ANCHOR_TOKENS, Dealt, share_weights
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.reference import (
     join_key_reference,
@@ -20,8 +21,9 @@ from vllm_ffa_fp8fp8.kernels.reference import (
 )
 
 LOG2_E = math.log2(math.e)
-ANCHOR_TOKENS = 16
 PAGE_SIZE = 64
+SHARED_BY_NONE = Dealt()
+"""One program has all of a request."""
 FP8 = torch.float8_e4m3fn
 FP8_WEIGHT_SCALE = 256.0
 """FlashAttention 3 multiplies softmax weights with it before it rounds them to E4M3."""
@@ -71,17 +73,23 @@ class Outcome:
 
 
 def block_size_of(config: FFAConfig) -> int:
-    return config.block_size or PAGE_SIZE
+    return config.block_size_in(PAGE_SIZE)
 
 
 def block_weights(
-    scores: torch.Tensor, config: FFAConfig, lowered: torch.Tensor | float = 0.0
+    scores: torch.Tensor,
+    config: FFAConfig,
+    lowered: torch.Tensor | float = 0.0,
+    layer: int = 0,
+    kv_head: int = 0,
+    dealt: Dealt = SHARED_BY_NONE,
 ) -> torch.Tensor:
     """The rule: which blocks a KV head reads, and how many times their weights count.
 
     Args:
         scores: base scores of the group's heads, log2 units, `[steps, group, seq_len]`.
-        lowered: by how much to lower the threshold, `[steps, group]`.
+        lowered: by how much to lower the threshold, log2 units, `[steps, group]`.
+        layer, kv_head, dealt: what draws depend on.
 
     Returns `[steps, num_blocks]`: 0 where a block is not read.
     """
@@ -91,6 +99,11 @@ def block_weights(
     weights = scores.new_ones(steps, num_blocks)
     if not config.prunes or seq_len < config.min_context:
         return weights
+    if config.rule == "share":
+        return share_weights(
+            scores, config.tau, block_size=size, layer=layer, kv_head=kv_head, dealt=dealt,
+            raised=lowered,
+        )  # fmt: skip
     first, last = scores[..., :ANCHOR_TOKENS], scores[..., -ANCHOR_TOKENS:]
     threshold = torch.maximum(first.amax(-1), last.amax(-1)) - config.delta - lowered
     above = in_blocks(scores - threshold[..., None], size, -math.inf).amax((1, 3)) >= 0
@@ -118,6 +131,7 @@ class Head:
         windows = [window(recorded, step, steps.length) for step in numbers]
         self.tokens = torch.stack(windows)[:, None].expand(-1, group, -1)
         self.scale = steps.shape.scale * LOG2_E
+        self.layer, self.number = steps.layer, head
 
     def scores(self, key: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         """`[steps, group, seq_len]`, log2 units."""
@@ -151,10 +165,14 @@ class Head:
         return self._rounded(output / weights.sum(-1, keepdim=True))
 
     def ours(
-        self, exact: torch.Tensor, configs: Sequence[FFAConfig], rounded: bool
+        self,
+        exact: torch.Tensor,
+        configs: Sequence[FFAConfig],
+        dealt: Sequence[Dealt],
+        rounded: bool,
     ) -> list[Outcome]:
-        """For each setting; `exact` is the softmax. `rounded`: weights and output as the kernel
-        rounds them."""
+        """For each setting and how its requests are shared; `exact` is the softmax. `rounded`:
+        weights and output as the kernel rounds them."""
         base, residual, exponent = split_key_reference(self.key)
         base_key = join_key_reference(base, None, exponent, dtype=torch.float64)
         whole_key = join_key_reference(base, residual, exponent, dtype=torch.float64)
@@ -166,22 +184,24 @@ class Head:
         return [
             self._outcome(
                 exact, base_scores, sizes, scores[c.use_fp8_residual], values[c.v_cache_dtype], c,
-                rounded,
+                d, rounded,
             )
-            for c in configs
+            for c, d in zip(configs, dealt, strict=True)
         ]  # fmt: skip
 
-    def _outcome(self, exact, base_scores, sizes, scores, value, config, rounded) -> Outcome:
+    def _outcome(self, exact, base_scores, sizes, scores, value, config, dealt, rounded) -> Outcome:
         size = block_size_of(config)
         margin = sizes.amax(-1) * MOST_SCORE_ROUNDING + LEAST_SCORE_ROUNDING
         read, least, most = (
-            block_weights(base_scores, config, by * margin) for by in (0.0, -1.0, 1.0)
+            block_weights(base_scores, config, by * margin, self.layer, self.number, dealt)
+            for by in (0.0, -1.0, 1.0)
         )
-        output, slack = self._attend(scores, value, read, size, rounded), torch.zeros_like(margin)
+        output, weights = self._attend(scores, value, read, size, rounded)
+        slack = torch.zeros_like(margin)
         if not rounded:
-            ends = [self._attend(scores, value, w, size, rounded) for w in (least, most)]
+            ends = [self._attend(scores, value, w, size, rounded)[0] for w in (least, most)]
             slack = 2 * (ends[1] - ends[0]).norm(dim=-1)
-            slack += 3 * self._noise(exact * sizes, value, output)
+            slack += 3 * self._noise(weights * sizes, value, output)
         counts = ((weights > 0).sum(1, keepdim=True) for weights in (read, least, most))
         return Outcome(
             output,
@@ -203,14 +223,18 @@ class Head:
         spread += total * output.square().sum(-1, keepdim=True)
         return math.log(2) * SCORE_ROUNDING * spread[..., 0].clamp(min=0).sqrt()
 
-    def _attend(self, scores, value, weights, block_size: int, rounded: bool) -> torch.Tensor:
-        """Attention to the tokens of blocks whose weight is not 0, `[steps, group, head_size]`."""
+    def _attend(
+        self, scores, value, weights, block_size: int, rounded: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention to the tokens of blocks whose weight is not 0, `[steps, group, head_size]`, and
+        the softmax that it takes, `[steps, group, seq_len]`."""
         times = self._of_tokens(weights, block_size)
         scores = scores.masked_fill(times == 0, -math.inf)
         weights = torch.exp2(scores - scores.amax(-1, keepdim=True)) * times
         output = self.average(self._rounded(weights) if rounded else weights, value)
-        output = output / weights.sum(-1, keepdim=True)
-        return self._rounded(output) if rounded else output
+        total = weights.sum(-1, keepdim=True)
+        output = output / total
+        return self._rounded(output) if rounded else output, weights / total
 
     def _of_tokens(self, weights: torch.Tensor, block_size: int) -> torch.Tensor:
         """`[steps, num_blocks]` as `[steps, 1, seq_len]`."""
@@ -243,13 +267,20 @@ def relative(output: torch.Tensor, truth: Truth) -> float | None:
     return float(f"{error:.4g}") if math.isfinite(error) else None
 
 
-def compute(steps: Steps, configs: Sequence[FFAConfig], rounded: bool) -> Truth:
-    """`rounded`: settings as the kernel rounds, else as its oracle gives them."""
+def compute(
+    steps: Steps,
+    configs: Sequence[FFAConfig],
+    rounded: bool,
+    dealt: Sequence[Dealt] | None = None,
+) -> Truth:
+    """`rounded`: settings as the kernel rounds, else as its oracle gives them. `dealt`: how
+    programs share the requests of each setting; None: one has all."""
+    dealt = dealt or [SHARED_BY_NONE] * len(configs)
     return _joined(
         [
             _joined(
                 [
-                    _of_head(Head(steps, request, head), configs, rounded)
+                    _of_head(Head(steps, request, head), configs, dealt, rounded)
                     for head in range(steps.shape.num_kv_heads)
                 ],
                 dim=1,
@@ -260,10 +291,10 @@ def compute(steps: Steps, configs: Sequence[FFAConfig], rounded: bool) -> Truth:
     )
 
 
-def _of_head(head: Head, configs: Sequence[FFAConfig], rounded: bool) -> Truth:
+def _of_head(head: Head, configs, dealt, rounded: bool) -> Truth:
     output, softmax = head.exact()
     peers = {"fa3-bf16": head.fa3_bf16(), "fa3-fp8": head.fa3_fp8()}
-    return Truth(output, peers, head.ours(softmax, configs, rounded))
+    return Truth(output, peers, head.ours(softmax, configs, dealt, rounded))
 
 
 def _joined(parts: Sequence[Truth], dim: int) -> Truth:
