@@ -26,6 +26,26 @@ BAD_OPTIONS = {
     "delta text": ({"delta": "10"}, ["'delta' = '10' (str)", "a number >= 0", "null"]),
     "delta beyond a float": ({"delta": 10**400}, ["'delta' = 1000000", "(int)", "a number >= 0"]),
     "delta bool": ({"delta": True}, ["'delta' = True (bool)", "a number >= 0"]),
+    "rule unknown": ({"rule": "mass"}, ["'rule' = 'mass' (str)", "threshold or share"]),
+    "tau zero": ({"tau": 0}, ["'tau' = 0 (int)", "a number between 0 and 1", "null"]),
+    "tau one": ({"tau": 1.0}, ["'tau' = 1.0", "a number between 0 and 1"]),
+    "tau negative": ({"tau": -0.1}, ["'tau' = -0.1", "a number between 0 and 1"]),
+    "tau not a number": ({"tau": math.nan}, ["'tau' = nan", "a number between 0 and 1"]),
+    "tau text": ({"tau": "0.1"}, ["'tau' = '0.1' (str)", "a share of the softmax"]),
+    "tau bool": ({"tau": True}, ["'tau' = True (bool)", "a number between 0 and 1"]),
+    "delta and tau": ({"delta": 5, "tau": 0.1}, ["'delta' and 'tau'", "leave out one"]),
+    "delta by share": (
+        {"rule": "share", "delta": 5},
+        ["'delta' in additional_config", "belongs to rule 'threshold'", "set 'tau'"],
+    ),
+    "tau by threshold": (
+        {"rule": "threshold", "tau": 0.1},
+        ["'tau' in additional_config", "belongs to rule 'share'", "set 'delta'"],
+    ),
+    "thresholds by share": (
+        {"tau": 0.1, "precomputed_threshold": True},
+        ["'precomputed_threshold' = True", "set rule: threshold"],
+    ),
     "block_size odd": ({"block_size": 48}, ["'block_size' = 48", "16, 32, 64, 128, or null"]),
     "block_size float": ({"block_size": 64.0}, ["'block_size' = 64.0 (float)", "16, 32, 64, 128"]),
     "block_size bool": ({"block_size": True}, ["'block_size' = True", "largest power of two"]),
@@ -219,3 +239,45 @@ def test_dense_layers_are_those_of_the_model_that_is_drafted_for():
         additional_config={"ffa_fp8fp8": {"dense_layers": [0, -1]}},
     )
     assert FFAConfig.from_vllm_config(config).dense_layers == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "options, rule, limit",
+    [
+        ({"tau": 0.1}, "share", 0.1),
+        ({"tau": None}, "share", None),
+        ({"rule": "share"}, "share", FFAConfig.tau),
+        ({"delta": 3}, "threshold", 3.0),
+        ({"delta": None}, "threshold", None),
+        ({"rule": "threshold"}, "threshold", FFAConfig.delta),
+    ],
+)
+def test_the_rule_follows_the_limit_that_is_said(options, rule, limit):
+    for preset in ({}, {"preset": "exact"}, {"preset": "balanced"}):
+        config = FFAConfig.load(overrides=preset | options)
+        assert config.rule == rule
+        if options.keys() != {"rule"}:
+            assert config.limit == limit and config.prunes == (limit is not None)
+    assert FFAConfig(rule=rule, **{k: v for k, v in options.items() if k != "rule"}).limit == limit
+
+
+def test_an_option_overrides_a_preset_of_the_other_rule(tmp_path):
+    shares = write(tmp_path / "shares.yaml", "tau: 0.02\nblock_size: 32")
+    thresholds = write(tmp_path / "thresholds.yaml", "delta: 4\nblock_size: 32")
+    assert FFAConfig.load(shares) == FFAConfig(rule="share", tau=0.02, block_size=32)
+    over = FFAConfig.load(shares, {"delta": 7})
+    assert (over.rule, over.limit, over.block_size) == ("threshold", 7.0, 32)
+    over = FFAConfig.load(thresholds, {"tau": 0.3})
+    assert (over.rule, over.limit, over.block_size) == ("share", 0.3, 32)
+    precomputed = write(tmp_path / "precomputed.yaml", "precomputed_threshold: true")
+    with pytest.raises(ValueError, match="'precomputed_threshold' = True .*rule is 'share'"):
+        FFAConfig.load(precomputed, {"tau": 0.3})
+    with pytest.raises(ValueError, match=f"'delta' and 'tau' in preset '{tmp_path}/both.yaml'"):
+        FFAConfig.load(write(tmp_path / "both.yaml", "delta: 4\ntau: 0.1"))
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.2, "dense_layers": [1]}, {"delta": 2.5}])
+def test_workers_have_the_rule_of_the_engine(monkeypatch, options):
+    config = FFAConfig.load(overrides=options)
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "/not/on/this/node.yaml")
+    assert FFAConfig.load(overrides=json.loads(json.dumps(config.to_dict()))) == config

@@ -26,12 +26,14 @@ def settings(*words):
         ("delta=null", {"delta": None}),
         ("delta=inf,use_fp8_residual=false", {"delta": None, "use_fp8_residual": False}),
         ("fused_kproj=off", {"fused_kproj": "off"}),
+        ("fast,tau=3e-2", {"preset": "fast", "tau": 0.03}),
+        ("rule=share,block_size=64", {"rule": "share", "block_size": 64}),
     ],
 )
 def test_a_setting_is_a_preset_and_options_on_top(text, options):
     setting = parse_setting(text)
     assert setting.name == text
-    assert setting.config == FFAConfig.load(overrides=options)
+    assert setting.options == FFAConfig.load(overrides=options).to_dict()
     assert FFAConfig(**json.loads(json.dumps(setting.options))) == setting.config
 
 
@@ -58,6 +60,14 @@ def test_settings_come_in_the_order_given_each_once(tmp_path, monkeypatch):
     assert pair.config == FFAConfig(delta=4, block_size=32)
 
 
+def test_tau_is_a_short_form(monkeypatch):
+    monkeypatch.delenv("FFA_FP8FP8_CONFIG", raising=False)
+    found = settings("--tau", "0.1", "1e-3", "--delta", "5", "--tau", "null")
+    assert [setting.name for setting in found] == ["tau=0.1", "tau=1e-3", "delta=5", "tau=null"]
+    assert [setting.config.rule for setting in found] == ["share", "share", "threshold", "share"]
+    assert [setting.config.limit for setting in found] == [0.1, 0.001, 5.0, None]
+
+
 def test_without_any_setting_the_options_in_force_are_taken(monkeypatch):
     monkeypatch.delenv("FFA_FP8FP8_CONFIG", raising=False)
     assert [setting.name for setting in settings()] == ["balanced"]
@@ -81,6 +91,8 @@ def test_without_any_setting_the_options_in_force_are_taken(monkeypatch):
         (["--preset", "fasst"], "did you mean 'fast'"),
         (["--preset", "none.yaml"], "cannot read"),
         (["--delta", "2", "-1"], "-1"),
+        (["--tau", "2"], "a number between 0 and 1"),
+        (["--setting", "tau=0.1,delta=5"], "'delta' and 'tau'"),
         (["--delta", "nan"], "a number >= 0"),
         (["--delta", "much"], "a number >= 0"),
     ],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8.option_values import RULES
 from vllm_ffa_fp8fp8.registry import BACKEND_NAME, FUSED_ATTENTION_OP, register_backend
 
 
@@ -261,8 +262,8 @@ def _check_and_freeze_options(vllm_config) -> None:
             ", ".join(map(repr, misplaced)),
             ADDITIONAL_CONFIG_KEY,
         )
+    known, limit = options.to_dict(), RULES[options.rule]
+    shown = {"rule": options.rule, limit: known[limit]} | known  # what matters most is first
     logger.info(
-        "%s options: %s",
-        BACKEND_NAME,
-        ", ".join(f"{name}={value}" for name, value in vars(options).items()),
+        "%s options: %s", BACKEND_NAME, ", ".join(f"{name}={v}" for name, v in shown.items())
     )

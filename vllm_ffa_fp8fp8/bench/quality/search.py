@@ -86,14 +86,18 @@ def search(measure: Callable[[float], float], wish: Wish, scale: Scale) -> float
         pairs = [
             (a, b) for a, b in zip(cares, cares[1:], strict=False) if is_above(a) != is_above(b)
         ]
-        nearest = min(found, key=lambda care: _apart(found[care], wish))
+        nearest = _nearest(found, wish)
         if not pairs or _apart(found[nearest], wish) <= math.log(1 + NEAR):
             break
         care = _between(*min(pairs, key=lambda pair: pair[1] - pair[0]), found, wish)
         if scale.limit(care) in map(scale.limit, found):
             break
         found[care] = measure(care)
-    return min(found, key=lambda care: _apart(found[care], wish))
+    return _nearest(found, wish)
+
+
+def _nearest(found: dict[float, float], wish: Wish) -> float:
+    return min(found, key=lambda care: (_apart(found[care], wish), care))
 
 
 def _apart(figure: float, wish: Wish) -> float:
