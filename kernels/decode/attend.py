@@ -201,6 +201,37 @@ def load_runs(runs_ptr, rank, num_runs, RUNS: tl.constexpr):
 
 
 @triton.jit
+def largest_scores(
+    query, factor, limits, num_runs, seq_len, runs_ptr, cache,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The largest base score of the tokens that `attend_runs` takes, log2 units, float32
+    `[ROWS_PADDED]`. See there for the arguments."""
+    RUN: tl.constexpr = BLOCK.UNIT
+    TOKENS: tl.constexpr = run_tile(BLOCK)
+    RUNS: tl.constexpr = TOKENS // RUN
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
+    tokens = tl.arange(0, TOKENS)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    largest = tl.full([QUERY.ROWS_PADDED], float("-inf"), tl.float32)
+    for rank in tl.range(0, num_runs, RUNS, num_stages=TUNING.ATTEND_STAGES):
+        units, begins, _ = load_runs(runs_ptr, rank, num_runs, RUNS)
+        positions = tokens * 0
+        for part in tl.static_range(RUNS):
+            positions = tl.where(tokens // RUN == part, begins[part] + tokens % RUN, positions)
+        valid = positions < seq_len
+        exponents = load_unit_exponents(cache.key_exponent, units, tokens, valid, BLOCK)
+        rows = unit_pointers(cache.key, units, tokens, PAGE.KEY_STRIDE, BLOCK)
+        key = load_rows(rows, columns, valid, True, PAGE).to(DTYPE)
+        scores = dot_query(key, query, QUERY) * factor[None, :]
+        scores *= tile_scales(exponents, tokens, HAS_EXPONENT)[:, None]
+        scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
+        largest = tl.maximum(largest, tl.max(scores, axis=0))
+    return largest
+
+
+@triton.jit
 def attend_runs(
     accumulator, weight_sums, reference,
     query, factor, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,

@@ -9,7 +9,15 @@ from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from ..counters import COUNTERS
 from ..counters import SHARE_UNITS as SHARE_UNITS_
-from .attend import attend_blocks, attend_runs, narrow, num_kept, raise_reference, run_tile
+from .attend import (
+    attend_blocks,
+    attend_runs,
+    largest_scores,
+    narrow,
+    num_kept,
+    raise_reference,
+    run_tile,
+)
 from .early import prefetch_anchors, prefetch_tile
 from .limits import span_scores
 from .merge import merge_items
@@ -194,7 +202,7 @@ def decode_kernel(
                 scratch_ptr, cache, PAGE, SPAN, BLOCK, QUERY, TUNING, DTYPE,
             )
             tl.debug_barrier()  # masses are written by some threads, read by others
-            num_runs, seen, denominator, counts = choose_blocks(
+            num_runs, seen, denominator, has_most, counts = choose_blocks(
                 scratch_ptr, weights_ptr, runs_ptr, anchor_mass, seen,
                 query_len, tau, layer, kv_head,
                 first_span, num_items, chunk_spans, seq_len, block_table_row_ptr,
@@ -204,11 +212,17 @@ def decode_kernel(
             total_kept += counts[1]
             total_drawn += counts[2]
             total_left += counts[3]
-            if not RAISE:
-                accumulator, weight_sums, reference = raise_reference(
-                    accumulator, weight_sums, reference, anchor_score + tl.log2(denominator)
-                )
             tl.debug_barrier()  # as are weights and runs
+            if not RAISE:
+                largest = anchor_score + tl.log2(denominator)
+                if has_most:  # which may be any number of units above the anchors
+                    largest = largest_scores(
+                        rows, factor, limits, num_runs, seq_len, runs_ptr, cache,
+                        PAGE, BLOCK, QUERY, TUNING, DTYPE,
+                    )
+                accumulator, weight_sums, reference = raise_reference(
+                    accumulator, weight_sums, reference, largest
+                )
             accumulator, weight_sums, reference = attend_runs(
                 accumulator, weight_sums, reference,
                 rows, factor, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,

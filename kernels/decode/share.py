@@ -11,6 +11,10 @@ LOG2_CHANCES: tl.constexpr = tl.constexpr(20)
 CHANCES: tl.constexpr = tl.constexpr(1 << 20)
 """Probabilities are multiples of 1 / CHANCES, and at least that: a weight is at most CHANCES."""
 
+MOST_MASS: tl.constexpr = tl.constexpr(2.0**100)
+"""Blocks of this mass or more are read for sure, as are those whose mass is no number; it leaves
+room for the sum of all blocks."""
+
 
 @triton.jit
 def anchor_masses(
@@ -132,17 +136,19 @@ def choose_blocks(
     other programs see.
 
     For each query token a block is read with probability `p = min(1, share / tau)`, and counts
-    1 / p times if it is; the request's first block and those of the token and newer are read for
-    sure. Draws are systematic: with the running sum of `p` over the chunk, a block is read where
-    the sum crosses a whole number, less an offset that `draw_offset` gives. A block is read if a
-    token wants it. `seen`: of the chunks before, or zeros. See `weigh_blocks` for the others.
+    1 / p times if it is; the request's first block, those of the token and newer, and those of
+    MOST_MASS are read for sure. Draws are systematic: with the running sum of `p` over the chunk,
+    a block is read where the sum crosses a whole number, less an offset that `draw_offset` gives.
+    A block is read if a token wants it. `seen`: of the chunks before, or zeros. See `weigh_blocks`
+    for the others.
 
     Writes, in the order of blocks, the runs of UNIT tokens that are read to `runs[rank]`, int32:
     place (see `load_places`), position, slot of the block in the chunk; and `log2(1 / p)`, -inf
     for blocks that a token does not want, to `weights[slot, token]`.
-    Returns the number of runs, `seen`, the denominator, `[ROWS_PADDED]`, and what became of the
-    blocks: how many there are, how many are read, how many of these were drawn, and the share of
-    all that were left to the draw, in the row that weighs each of them most.
+    Returns the number of runs, `seen`, the denominator, `[ROWS_PADDED]`, whether blocks of
+    MOST_MASS are among those that are read, and what became of the blocks: how many there are, how
+    many are read, how many of these were drawn, and the share of all that were left to the draw,
+    in the row that weighs each of them most.
     """
     BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
     PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK_SIZE
@@ -172,13 +178,17 @@ def choose_blocks(
     denominator = tl.full([ROWS_PADDED], 1.0, tl.float32)
     wanted = exists & (slots < 0)
     sure = wanted
+    is_most = wanted
     left = 0.0
     for token in range(query_len):
         share = tl.zeros([SLOTS], tl.float32)
+        is_least = exists
         masses = ()
         for head in tl.static_range(GROUP):
             masses_row_ptr = masses_ptr + (token * GROUP + head) * SLOTS
-            masses += (tl.load(masses_row_ptr + slots, mask=exists, other=0.0),)
+            mass = tl.load(masses_row_ptr + slots, mask=exists, other=0.0)
+            is_least &= mass < MOST_MASS  # false where it is no number
+            masses += (tl.where(mass < MOST_MASS, mass, MOST_MASS),)
         for head in tl.static_range(GROUP):
             row = token * GROUP + head
             middle = tl.where(is_middle, masses[head], 0.0)
@@ -191,8 +201,8 @@ def choose_blocks(
             seen_largest = tl.where(rows == row, largest, seen_largest)
             denominator = tl.where(rows == row, total, denominator)
         position = seq_len - query_len + token
-        # a share that is no number is read
-        is_small = exists & (blocks > 0) & (blocks < position // BLOCK_SIZE) & (share < tau)
+        is_small = is_least & (blocks > 0) & (blocks < position // BLOCK_SIZE) & (share < tau)
+        is_most |= exists & (is_least == 0)
         chances = tl.maximum(tl.ceil(share / tau * CHANCES), 1.0)
         chances = tl.where(is_small, chances, 0.0).to(tl.int32)
         drawn = tl.cumsum(chances, axis=0) + draw_offset(layer, kv_head, position, first_span)
@@ -214,4 +224,6 @@ def choose_blocks(
     num_drawn = tl.sum((wanted & (sure == 0)).to(tl.int32), axis=0)
     num_blocks = tl.sum(exists.to(tl.int32), axis=0)
     counts = (num_blocks, num_wanted, num_drawn, left)
-    return num_wanted * PER_BLOCK, (seen_sums, seen_largest, num_seen), denominator, counts
+    has_most = tl.max(is_most.to(tl.int32), axis=0) > 0
+    seen = (seen_sums, seen_largest, num_seen)
+    return num_wanted * PER_BLOCK, seen, denominator, has_most, counts
