@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.bench.planted import SCORES, make_planted
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference, write_kv_reference
+from vllm_ffa_fp8fp8.option_values import RULES
 
 SHAPE = Shape(Geometry(8, 4, 64, 64), 1, 3000)
 SMALL = Shape(Geometry(4, 2, 64, 64), 1, 600)
@@ -126,6 +127,10 @@ def test_settings_of_cells_are_read_again():
     assert cell.floor_bytes(0.5) == cell.shape.elements * 1.5
     (plain,) = planted_cells({"delta": 5.0, "min_context": 7})
     assert plain.setting == "delta=5.0" and plain.config.delta == 5.0
+    for tau in (0.03, None):
+        (share,) = planted_cells({"rule": "share", "tau": tau, "block_size": 32})
+        assert share.config == FFAConfig(rule="share", tau=tau, block_size=32)
+        assert share.setting == f"block_size=32,tau={tau or 'null'}"
 
 
 @pytest.fixture
@@ -139,19 +144,41 @@ def measured_here(monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_setting_costs_is_measured(measured_here):
-    cells = planted_cells({"delta": None}, {"delta": 5.0, "block_size": 16})
-    dense, pruned = measured_here(cells).values()
+    settings = {"delta": None}, {"delta": 5.0, "block_size": 16}, {"rule": "share", "tau": 0.1}
+    dense, pruned, drawn = measured_here(planted_cells(*settings)).values()
     assert dense.kept == 1.0 and dense.exact_error < 1e-3
-    assert pruned.kept < 0.5 and pruned.error < 1e-3 < pruned.exact_error < 0.5
+    for figure in (pruned, drawn):
+        assert figure.kept < 0.5 and figure.error < 1e-3 < figure.exact_error < 0.5
     assert dense.us == 7.0 and dense.code == "code"
 
 
 def launch_oracle(self, inputs, planes, output, counters):
     expected, _ = decode_attention_reference(
         inputs.query, planes, inputs.block_table, inputs.seq_lens, block_size=self.block_size,
-        scale=self.scale, delta=self.limit, counters=counters,
+        scale=self.scale, layer=self.layer, dealt=self.dealt(inputs, planes), counters=counters,
+        **{RULES[self.config.rule]: self.limit},
     )  # fmt: skip
     output.copy_(expected)
+
+
+@pytest.mark.parametrize("wrong", [{"layer": 1}, {"limit": torch.tensor([0.3])}])
+def test_draws_of_another_layer_or_tau_are_no_figure(wrong):
+    inputs = make_planted(SMALL, "lognormal-2", 0, "cpu")
+    config = FFAConfig(rule="share", tau=0.2)
+    decoder, other = (Decoder(SMALL, True, {}, "cpu", config=config) for _ in range(2))
+    vars(other).update(wrong)
+    planes = write_cache(inputs)
+    error, kept = check_oracle(decoder, inputs, planes)
+    assert error == 0 and kept < 1
+    with pytest.raises(CheckFailed):
+        check_oracle(decoder, inputs, planes, other)
+
+
+def check_oracle(decoder, inputs, planes, kernel=None):
+    """`decoder.check`, where the kernel's output is the oracle's, of the options of `kernel`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decoder, "launch", lambda *a: launch_oracle(kernel or decoder, *a))
+        return decoder.check(inputs, planes)
 
 
 def test_delta_is_searched_for_what_is_to_be_kept(measured_here, monkeypatch):

@@ -21,7 +21,7 @@ from vllm_ffa_fp8fp8.bench.files import (
 
 DECODE, GEOMETRY = "decode", "geometry"
 
-OUR_FILES = ("inputs.py", "planted.py", "timing.py", "decoder.py", "base_read.py")
+OUR_FILES = ("inputs.py", "planted.py", "timing.py", "decoder.py", "rounding.py", "base_read.py")
 PEER_FILES = ("inputs.py", "planted.py", "timing.py", "peers.py")
 NUMBER = (int, float)
 PLANTED_FIELDS = ("planted", "setting")

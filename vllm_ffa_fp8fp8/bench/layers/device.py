@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, FA3_FP8, Geometry, Shape
-from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
+from vllm_ffa_fp8fp8.bench.decoder import (
+    TOLERANCE,
+    CheckFailed,
+    Decoder,
+    excess,
+    relative_error,
+)
 from vllm_ffa_fp8fp8.bench.inputs import Inputs, num_sets
 from vllm_ffa_fp8fp8.bench.layers.contexts import Steps
 from vllm_ffa_fp8fp8.bench.layers.rule import (
@@ -34,8 +40,6 @@ from vllm_ffa_fp8fp8.option_values import RULES
 PEERS = {"fa3-bf16": FA3_BF16, "fa3-fp8": FA3_FP8}
 Found = Iterator[tuple[int, str, dict[str, Any]]]
 """Batch, name of a setting or peer, and the figure."""
-TOLERANCE = 1e-2
-"""Relative error of an output against the oracle of the same rule."""
 
 
 def shape_of(steps: Steps, batch: int, page_size: int = PAGE_SIZE) -> Shape:
@@ -188,9 +192,8 @@ def problem_of(output: torch.Tensor, kept: torch.Tensor, expected: Outcome) -> s
     outcome of the same steps."""
     if not output.isfinite().all():
         return "the output is not finite"
-    error, norm = (output - expected.output).norm(dim=-1), expected.output.norm()
-    if not (error - expected.slack).clamp(min=0).norm() <= TOLERANCE * norm:
-        return f"the output is off by {error.norm() / norm:.1e}"
+    if not excess(output, expected.output, expected.slack) <= TOLERANCE:
+        return f"the output is off by {relative_error(output, expected.output):.1e}"
     least, most = expected.least.sum(0), expected.most.sum(0)
     if not ((least <= kept) & (kept <= most)).all():
         return f"{kept.tolist()} blocks kept, where {least.tolist()} to {most.tolist()} can be"

@@ -31,7 +31,7 @@ WHOLE = {"kept": 1.0, "kept_by_head": [], "dropped_mass": 0.0, "failed": None, "
 """What is known of a kernel that reads everything."""
 OUR_FILES = (
     "contexts.py", "decoder.py", "device.py", "inputs.py", "layouts.py", "measure.py", "rule.py",
-    "share.py", "timing.py",
+    "rounding.py", "share.py", "timing.py",
 )  # fmt: skip
 
 

@@ -12,6 +12,12 @@ import torch.nn.functional as F
 
 from vllm_ffa_fp8fp8.bench.layers.contexts import Steps, window
 from vllm_ffa_fp8fp8.bench.layers.share import ANCHOR_TOKENS, Dealt, share_weights
+from vllm_ffa_fp8fp8.bench.rounding import (
+    LEAST_SCORE_ROUNDING,
+    LOG2_E,
+    MOST_SCORE_ROUNDING,
+    SCORE_ROUNDING,
+)
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.reference import (
     join_key_reference,
@@ -20,18 +26,12 @@ from vllm_ffa_fp8fp8.kernels.reference import (
     split_key_reference,
 )
 
-LOG2_E = math.log2(math.e)
 PAGE_SIZE = 64
 SHARED_BY_NONE = Dealt()
 """One program has all of a request."""
 FP8 = torch.float8_e4m3fn
 FP8_WEIGHT_SCALE = 256.0
 """FlashAttention 3 multiplies softmax weights with it before it rounds them to E4M3."""
-SCORE_ROUNDING, MOST_SCORE_ROUNDING = 2.0**-11, 2.0**-9
-"""By how much a kernel's score is off, in the root mean square and at most, as a fraction of the
-sum of its products' sizes: Hopper adds E4M3 products to 14 bits of the largest."""
-LEAST_SCORE_ROUNDING = 1e-3
-"""The same in log2 units, at least."""
 
 
 @dataclass(frozen=True)
