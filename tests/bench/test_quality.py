@@ -14,7 +14,13 @@ from vllm_ffa_fp8fp8.attention.stats import SUMS
 from vllm_ffa_fp8fp8.bench.quality.engine import Run, check_model, make_references, reference_path
 from vllm_ffa_fp8fp8.bench.quality.judge import JudgedText, TextJudge, compare, log_softmax
 from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE, Texts, plan_engines
-from vllm_ffa_fp8fp8.bench.quality.report import Report
+from vllm_ffa_fp8fp8.bench.quality.report import (
+    Report,
+    by_layer,
+    layer_tables,
+    main_table,
+    summary,
+)
 from vllm_ffa_fp8fp8.settings import parse_setting
 
 VOCAB = 7
@@ -147,7 +153,9 @@ def test_settings_that_differ_in_delta_share_an_engine():
 
 
 def judged_text(kl, kept, total, short=0):
-    layers = [{"kept_blocks": k, "total_blocks": total, "short_blocks": short} for k in kept]
+    plain = dict.fromkeys((*SUMS, "most_left_mass"), 0) | {"squares": None}
+    counts = plain | {"total_blocks": total, "short_blocks": short}
+    layers = [counts | {"kept_blocks": k} for k in kept]
     return {"figures": [[value, 1.0, 2.0] for value in kl], "layers": layers}
 
 
@@ -176,6 +184,24 @@ def test_report(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"q-10.json", "q-20.json"}
 
 
+def test_what_was_left_and_what_it_changed():
+    text, other = judged_text([0.1], [1, 3], 4), judged_text([0.3], [1, 3], 4)
+    for judged, left, squares in ((text, 0.5, [0.25, 1.0]), (other, 1.0, [0.75, 3.0])):
+        judged["layers"][0] |= {"left_mass": left, "tokens": 10, "most_left_mass": left / 2}
+        judged["layers"][0]["squares"], judged["layers"][1]["squares"] = squares, [0.0, 2.0]
+    found = by_layer([text, other])
+    assert found["left_by_layer"] == [1.5 / 20, 0.0] and found["error_by_layer"] == [0.5, 0.0]
+    total = summary([text, other])
+    assert (total["left"], total["left_most"]) == (1.5 / 20, 0.5)
+    text["layers"][0]["squares"] = None
+    assert by_layer([text])["error_by_layer"] == []
+    assert by_layer([{"figures": [[0.0, 1.0, 2.0]], "layers": []}])["left_by_layer"] == []
+    entries = [summary([text, other]) | found | {"name": "tau=0.1"}]
+    assert "left to the draw" in [column.header for column in main_table(entries, "").columns]
+    titles = [table.title for table in layer_tables(entries)]
+    assert [title.split()[0] for title in titles] == ["Kept", "Left", "Error"]
+
+
 def run_of(tokens_of_answer, counted, expected):
     """A run whose engine answers so, on a text of 6 tokens of which 2 are judged."""
 
@@ -185,6 +211,8 @@ def run_of(tokens_of_answer, counted, expected):
             return [SimpleNamespace(outputs=[answer], num_cached_tokens=0)] * len(prompts)
 
         def collective_rpc(self, name, args=()):
+            if name == "ffa_layer_errors":
+                return [{}]
             if name == "ffa_blocks_to_read":
                 assert args == ([4, 5],)
                 return [expected]

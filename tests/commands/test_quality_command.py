@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ffa_fp8fp8.attention.stats import SUMS
 from vllm_ffa_fp8fp8.commands import cli, quality
 
 MODEL = str(Path(__file__).parents[1] / "assets" / "recall-9m")
@@ -74,7 +75,9 @@ def test_engine_arguments():
 
 def answer(job):
     """What an engine finds: a divergence of a tenth of the number of runs before it."""
-    layers = [{"kept_blocks": 1, "total_blocks": 4, "short_blocks": 0}] if job["options"] else []
+    plain = dict.fromkeys((*SUMS, "most_left_mass"), 0) | {"squares": None}
+    counts = plain | {"kept_blocks": 1, "total_blocks": 4}
+    layers = [counts] if job["options"] else []
     texts = [
         [{"figures": [[n / 10, 1.0, 2.0]] * job["last"], "layers": layers} for _ in job["texts"]]
         for n, _ in enumerate(job["runs"])

@@ -129,7 +129,9 @@ def read_windows(options: argparse.Namespace) -> Texts:
     if options.last < 1:
         raise ValueError(f"--last is 1 or more, not {options.last}")
     if options.windows < len(named):
-        raise ValueError(f"--windows {options.windows}: there are {len(named)} texts, give as many")
+        raise ValueError(
+            f"--windows {options.windows}: each text needs one, and there are {len(named)}"
+        )
     if options.tokens < options.last + 2:
         raise ValueError(
             f"--tokens {options.tokens}: --last {options.last} of them are judged, and two or more "
