@@ -91,6 +91,32 @@ def test_of_several_codes_the_last_is_shown(tmp_path):
     assert "which lay up to 10% apart" in shown
 
 
+def judged(folder, name, environment, model, tokens, **kept):
+    settings = [{"name": n, "options": None, "kept": k, "kl_mean": k / 10, "kl_max": k}
+                for n, k in {"default": 1.0, **kept}.items()]  # fmt: skip
+    content = {"benchmark": "quality", "environment": environment | {"commit": name}}
+    content |= {"model": f"some/{model}", "text": "a/x.py, b/y.txt, a/x.py", "tokens": tokens}
+    file = folder / f"quality-{name}.json"
+    file.write_text(json.dumps(content | {"last": 64, "settings": settings}))
+
+
+def test_quality_of_all_models_stands_in_one_table(tmp_path):
+    assert "No figures" in TABLES["quality"](Published(tmp_path))
+    judged(tmp_path, "old", OLD, "small", 8000, fast=0.9)
+    judged(tmp_path, "b", NEW, "small", 16_000, fast=0.15, slow=0.5)
+    judged(tmp_path, "a", NEW, "small", 8000, fast=0.25)
+    judged(tmp_path, "c", NEW | {"gpu": "NVIDIA H200"}, "big", 8000, slow=0.125)
+    shown = TABLES["quality"](Published(tmp_path))
+    for line in (
+        "| model | tokens | text | judged, of each | fast | slow |",
+        "| big | 8,000 | x.py, y.txt | 64 | - | 0.125, 1.2e-02 |",
+        "| small | 8,000 | x.py, y.txt | 64 | 0.250, 2.5e-02 | - |",
+        "| small | 16,000 | x.py, y.txt | 64 | 0.150, 1.5e-02 | 0.500, 5.0e-02 |",
+    ):
+        assert line in shown
+    assert "H200" in shown and "commit a, b." in shown and "0.900" not in shown
+
+
 def test_unknown_names_are_told():
     with pytest.raises(ValueError, match="no table is called 'decade'"):
         fill("<!-- table: decade -->\n<!-- /table -->", TABLES, Published(ROOT / "plot"))

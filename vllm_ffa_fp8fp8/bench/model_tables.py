@@ -6,6 +6,7 @@ from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, OURS, Cell, Figures
 from vllm_ffa_fp8fp8.bench.decode_tables import DECODE_TABLES, cell_of, has_main
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
 from vllm_ffa_fp8fp8.bench.published import KPROJ, RETRIEVAL, SERVING, Published, Source
+from vllm_ffa_fp8fp8.bench.quality_tables import QUALITY_TABLES
 from vllm_ffa_fp8fp8.bench.report import conditions, ratio
 from vllm_ffa_fp8fp8.bench.serving import BF16, FP8
 from vllm_ffa_fp8fp8.bench.store import DECODE
@@ -182,10 +183,14 @@ def answer_table(published: Published) -> str:
     return "\n\n".join((markdown(headings, rows), " ".join(notes)))
 
 
-TABLES: Tables = DECODE_TABLES | {
-    "answers": answer_table,
-    "serving": serving_table,
-    "serving-kproj": fused_table,
-    "kproj": projection_table,
-    "kproj-prefill": prefill_table,
-}
+TABLES: Tables = (
+    DECODE_TABLES
+    | QUALITY_TABLES
+    | {
+        "answers": answer_table,
+        "serving": serving_table,
+        "serving-kproj": fused_table,
+        "kproj": projection_table,
+        "kproj-prefill": prefill_table,
+    }
+)

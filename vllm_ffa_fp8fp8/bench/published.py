@@ -7,13 +7,14 @@ from typing import Any
 
 from vllm_ffa_fp8fp8.bench.cells import Figures
 from vllm_ffa_fp8fp8.bench.files import read_records
+from vllm_ffa_fp8fp8.bench.pictures.sources import QUALITY, model_name, read_quality
 from vllm_ffa_fp8fp8.bench.store import benchmark_of, read_decode
 from vllm_ffa_fp8fp8.environment import release
 
 KPROJ, SERVING = "kproj", "serving"
 RETRIEVAL = "retrieval"
 """Answers of a real model: no command makes them, see the records."""
-DRAWN = ("layers", "quality")
+DRAWN = ("layers",)
 """What `plot` draws, and no table shows."""
 
 
@@ -36,6 +37,26 @@ class Source:
         return *versions, count, self.environment["gpu"]
 
 
+def read_judged(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Environment and settings of a file of `quality`; models and texts without their folders.
+    Raises ValueError."""
+    file = read_quality(path)
+    texts = dict.fromkeys(Path(name).name for name in file.text.split(", "))
+    subject = {
+        "model": model_name(file.model),
+        "text": ", ".join(texts),
+        "tokens": file.tokens,
+        "last": file.last,
+        "commit": file.environment.get("commit", ""),
+    }
+    names = ("gpu", "torch", "triton", "vllm")
+    records = [
+        subject | {"name": found.name, "kept": found.kept, "kl_mean": found.kl_mean}
+        for found in file.settings
+    ]
+    return {name: file.environment[name] for name in names}, records
+
+
 class Published:
     """The sources of each benchmark, newest first. Raises ValueError for a file of another kind."""
 
@@ -48,6 +69,8 @@ class Published:
             figures, records = {}, []
             if benchmark in (KPROJ, SERVING, RETRIEVAL):
                 environment, records = read_records(path, benchmark)
+            elif benchmark == QUALITY:
+                environment, records = read_judged(path)
             else:
                 environment, figures = read_decode(path)
             key = (benchmark, *sorted(environment.items()))
