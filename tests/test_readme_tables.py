@@ -105,11 +105,11 @@ def test_quality_of_all_models_stands_in_one_table(tmp_path):
     judged(tmp_path, "old", OLD, "small", 8000, fast=0.9)
     judged(tmp_path, "b", NEW, "small", 16_000, fast=0.15, slow=0.5)
     judged(tmp_path, "a", NEW, "small", 8000, fast=0.25)
-    judged(tmp_path, "c", NEW | {"gpu": "NVIDIA H200"}, "big", 8000, slow=0.125)
+    judged(tmp_path, "c", NEW | {"gpu": "NVIDIA H200"}, "big", 8000, slow=0.12)
     shown = TABLES["quality"](Published(tmp_path))
     for line in (
         "| model | tokens | text | judged, of each | fast | slow |",
-        "| big | 8,000 | x.py, y.txt | 64 | - | 0.125, 1.2e-02 |",
+        "| big | 8,000 | x.py, y.txt | 64 | - | 0.120, 1.2e-02 |",
         "| small | 8,000 | x.py, y.txt | 64 | 0.250, 2.5e-02 | - |",
         "| small | 16,000 | x.py, y.txt | 64 | 0.150, 1.5e-02 | 0.500, 5.0e-02 |",
     ):
