@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from vllm_ffa_fp8fp8.bench.quality.calibration import cut_windows
 from vllm_ffa_fp8fp8.bench.quality.engine import sum_errors
 from vllm_ffa_fp8fp8.bench.quality.search import NEAR, SCALES, Wish, search
+from vllm_ffa_fp8fp8.bench.quality.windows import cut_windows
 
 FLOOR = 4e-4
 

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from vllm_ffa_fp8fp8 import environment, envs
 from vllm_ffa_fp8fp8.bench.files import replacing
-from vllm_ffa_fp8fp8.bench.quality.calibration import cut_windows, find_limit
 from vllm_ffa_fp8fp8.bench.quality.plan import Engine, Texts, plan_engines
 from vllm_ffa_fp8fp8.bench.quality.report import Report
 from vllm_ffa_fp8fp8.bench.quality.search import SCALES, Scale, Wish
+from vllm_ffa_fp8fp8.bench.quality.windows import cut_windows
 from vllm_ffa_fp8fp8.bench.recording.prompts import read_prompts
 from vllm_ffa_fp8fp8.bench.report import console
 from vllm_ffa_fp8fp8.commands.engine_process import watch
@@ -151,6 +151,7 @@ def calibrate(
     llm: dict[str, Any],
 ) -> int:  # fmt: skip
     """Raises ValueError for what the user can mend."""
+    from vllm_ffa_fp8fp8.bench.quality.calibration import find_limit
     from vllm_ffa_fp8fp8.bench.quality.engine import judge_texts
 
     gpu = None if environment.is_cpu_build() else environment.find_gpu()
