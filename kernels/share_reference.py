@@ -27,13 +27,14 @@ def draw_offset_reference(layer: int, kv_head: int, position: int, first_span: i
     return bits % CHANCES
 
 
-def draw_reference(shares: torch.Tensor, tau: float, offset: int) -> torch.Tensor:
+def draw_reference(shares: torch.Tensor, tau: float, offset: int | torch.Tensor) -> torch.Tensor:
     """A systematic draw of blocks with probability `min(1, share / tau)` each: `log2(1 / p)` of
-    those that are read, -inf of the others, like `shares`, 1-D."""
+    those that are read, -inf of the others, like `shares`, `[..., num_blocks]`, of which each row
+    has its `offset`, int64 `[...]`."""
     certain = ~(shares < tau)
     chances = (shares.double() / tau * CHANCES).ceil().clamp(min=1)
     chances = torch.where(certain, 0, chances).long()
-    drawn = chances.cumsum(0) + offset
+    drawn = chances.cumsum(-1) + torch.as_tensor(offset, device=shares.device)[..., None]
     hit = drawn // CHANCES != (drawn - chances) // CHANCES
     weights = torch.where(hit, (CHANCES / chances.double()).log2(), -torch.inf)
     return torch.where(certain, 0.0, weights)
@@ -92,6 +93,7 @@ def choose_blocks_reference(
     newest = (seq_len - query_len) // block_size
     middle = (blocks > 0) & (blocks < newest)
     num_middle = max(newest - 1, 0)
+    positions = torch.arange(seq_len - query_len, seq_len, device=device)  # of query tokens
     weights = scores.new_full((num_kv_heads, query_len, num_blocks), -torch.inf)
     sure = torch.zeros(num_kv_heads, num_blocks, dtype=torch.bool, device=device)
     left = scores.new_zeros(num_kv_heads, num_items)
@@ -109,13 +111,13 @@ def choose_blocks_reference(
             total = anchor_mass + largest + (sums - largest) * scale
             shares = (masses[..., mine] / total[..., None]).masked_fill(most[..., mine], torch.inf)
             shares = shares.unflatten(1, (query_len, -1)).amax(2)
-            for head in range(num_kv_heads):
-                for token in range(query_len):
-                    position = seq_len - query_len + token
-                    ends = (blocks[mine] == 0) | (blocks[mine] >= position // block_size)
-                    share = torch.where(ends, torch.inf, shares[head, token])
-                    offset = draw_offset_reference(layer, head, position, chunk[0])
-                    weights[head, token, mine] = draw_reference(share, tau, offset).to(scores)
-                    sure[head, mine] |= ~(share < tau)
-                    left[head, item] += share[share < tau].sum()
+            ends = (blocks[mine] == 0) | (blocks[mine] >= positions[:, None] // block_size)
+            shares = shares.masked_fill(ends, torch.inf)
+            offsets = [
+                [draw_offset_reference(layer, head, p, chunk[0]) for p in positions.tolist()]
+                for head in range(num_kv_heads)
+            ]
+            weights[..., mine] = draw_reference(shares, tau, torch.tensor(offsets)).to(scores)
+            sure[:, mine] |= (~(shares < tau)).any(1)
+            left[:, item] += shares.where(shares < tau, 0).sum((1, 2))
     return Choice(weights, (weights > -torch.inf).any(1) & ~sure, left)
