@@ -149,8 +149,8 @@ def offsets_of(**ranges: range) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_offsets_are_even_and_independent(name):
-    """Of 4,096 neighbours: chi-squared of 16 x 16 cells of one and the next, 255 degrees of freedom,
-    within four standard deviations."""
+    """Of 4,096 neighbours: chi-squared of 16 x 16 cells of one and the next, within four standard
+    deviations."""
     offsets = offsets_of(**{name: range(4096)})
     assert len(offsets.unique()) > 4000
     cells = offsets[:-1] * 16 // CHANCES * 16 + offsets[1:] * 16 // CHANCES
