@@ -101,7 +101,7 @@ def test_demo_tells_wrong_arguments(no_engine, capsys, arguments, words):
     assert words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asked, length", [([], 4_000), (["--tokens", "32736"], 32_736)])
+@pytest.mark.parametrize("asked, length", [([], 3_000), (["--tokens", "32736"], 32_736)])
 def test_prompts_fit_the_model(monkeypatch, asked, length):
     monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
     assert demo.prompt_length(options(*asked), find_model()) == length

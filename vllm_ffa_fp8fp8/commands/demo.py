@@ -19,10 +19,10 @@ from vllm_ffa_fp8fp8.commands.engine_process import watch
 from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, parse_setting, settings_of
 
 NOTES = 16
-SMALLER_DELTAS = (5, 2)
-"""What is tried beside the options in force."""
+SMALLER = ("delta=5", "delta=2")
+"""What is tried beside the options in force, which keep more."""
 DEFAULT_BACKEND = "default backend"
-DEFAULT_TOKENS = {"cpu": 4_000, "gpu": 16_000}
+DEFAULT_TOKENS = {"cpu": 3_000, "gpu": 16_000}
 ANSWER_ROOM = 32
 """Tokens after a prompt: an answer, and some to spare."""
 
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clone)",
     )  # fmt: skip
     add_setting_arguments(parser)
-    smaller = " and ".join(map(str, SMALLER_DELTAS))
-    parser.epilog = f"Without a setting: the options in force, and delta {smaller}."
+    smaller = " and ".join(SMALLER)
+    parser.epilog = f"Without a setting: the options in force, {smaller}."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,7 +96,7 @@ def demo_settings(options: argparse.Namespace) -> list[Setting]:
     settings = settings_of(options)
     if options.settings:
         return settings
-    return settings + [parse_setting(f"delta={delta}") for delta in SMALLER_DELTAS]
+    return settings + list(map(parse_setting, SMALLER))
 
 
 def tell_questions(screen: Console, questions: list[Question], longest: int) -> None:

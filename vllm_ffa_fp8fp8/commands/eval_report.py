@@ -113,5 +113,5 @@ def unpruned(settings: Sequence[Setting], results: Results) -> Iterator[str]:
         elif min(counted) == 1:
             yield (
                 f"{setting.name} skipped nothing: it kept every block, so its scores say nothing "
-                "about pruning. Give longer prompts (--lengths) or a smaller delta."
+                "about pruning. Give longer prompts (--lengths), or a setting that keeps less."
             )
