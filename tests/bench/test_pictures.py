@@ -247,6 +247,26 @@ def test_heat_maps_show_each_layer_and_head(file):
     assert {text.get_text() for text in axes.texts} == {".15", ".07"}
 
 
+def test_settings_by_share_have_curves_of_their_own(tmp_path):
+    content = layers_content(lengths=(4096,))
+    texts = [f"tau={tau}" for tau in (0.1, 0.05, 0.01)] + ["tau=0.05,block_size=64"]
+    for place, text in enumerate(texts):
+        kept = 0.02 * (place + 1)
+        content["figures"] += [
+            layer_record(layer, 4096) | {"kept": kept, "kept_by_head": [kept] * 2, "error": kept}
+            | {"setting": text, "options": parse_setting(text).options}
+            for layer in (0, 4)
+        ]  # fmt: skip
+    file = read_layers(write(tmp_path / "two.json", content))
+    (axes,) = frontier.draw_frontiers(file)[4096].axes
+    found = {name: len(points) for name, points in curves(axes).items()}
+    assert found["FFA_FP8FP8, by share"] == 3 and found["FFA_FP8FP8, by share, blocks of 64"] == 1
+    titles = [axes.get_title() for axes in layers.heat_maps(file)[4096].axes]
+    shown = [title.partition(":")[0] for title in titles if title]
+    assert len(shown) == 6  # some of each
+    assert "tau 0.05, by share, blocks of 64" in shown and "tau 0.1, by share" in shown
+
+
 def test_kl_and_skipped_fraction_over_delta(tmp_path):
     picture = quality.draw_quality(read_quality(write(tmp_path / "kl.json", quality_content())))
     above, below = picture.axes

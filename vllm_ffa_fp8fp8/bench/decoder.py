@@ -133,8 +133,9 @@ class Decoder:
         slack = torch.zeros_like(expected[..., 0])
         if self.limit is not None and self.config.rule == "share":
             off = 2 ** most_rounding(inputs, self.scale, CHECKED_REQUESTS)
-            ends = [self.reference(inputs, planes, factor) for factor in (1 / off, off)]
-            slack += 2 * (ends[1] - ends[0]).norm(dim=-1)
+            for factor in (1 / off, off):
+                other = self.reference(inputs, planes, factor)
+                slack += 2 * (other - expected).norm(dim=-1)
         error = relative_error(output[some], expected)
         blocks = -(-self.shape.seq_len // self.block_size)
         every = self.shape.batch * self.shape.geometry.num_kv_heads * blocks

@@ -200,8 +200,8 @@ class Head:
         slack = torch.zeros_like(margin)
         if not rounded:
             ends = [self._attend(scores, value, w, size, rounded)[0] for w in (least, most)]
-            slack = 2 * (ends[1] - ends[0]).norm(dim=-1)
-            slack += 3 * self._noise(weights * sizes, value, output)
+            slack = 2 * sum((end - output).norm(dim=-1) for end in ends)
+            slack += 4 * self._noise(weights * sizes, value, output)
         counts = ((weights > 0).sum(1, keepdim=True) for weights in (read, least, most))
         return Outcome(
             output,

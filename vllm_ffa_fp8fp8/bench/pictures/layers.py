@@ -49,8 +49,8 @@ def name(setting: Options) -> str:
 
 
 def heat_maps(file: LayersFile) -> dict[int, Figure]:
-    """By length: a panel for each setting that keeps less than everything, what each layer and KV
-    head keeps."""
+    """By length: a panel for each of up to MOST_SETTINGS settings that keep less than everything,
+    what each layer and KV head keeps."""
     return {
         length: picture
         for length in sorted({figure.length for figure in file.figures})
@@ -64,7 +64,7 @@ def draw_heat_map(file: LayersFile, length: int) -> Figure | None:
         if f.length == length and f.setting and f.kept_by_head:
             kept.setdefault(name(f.setting), {})[f.layer] = f.kept_by_head
     kept = {n: rows for n, rows in kept.items() if fmean(map(fmean, rows.values())) < 1}
-    shown = list(kept.items())[:MOST_SETTINGS]
+    shown = spread(list(kept.items()), MOST_SETTINGS)
     if not shown:
         return None
     columns = min(len(shown), 3)
@@ -92,6 +92,13 @@ def draw_heat_map(file: LayersFile, length: int) -> Figure | None:
     bar = picture.colorbar(image, ax=axes, label="kept fraction of the blocks", shrink=0.9)
     put_ticks(bar.ax.yaxis, TICKS)
     return picture
+
+
+def spread(items: list, most: int) -> list:
+    """The first one, the last one, and others evenly between them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def put_numbers(axes, table: list[list[float]]) -> None:

@@ -18,6 +18,7 @@ NUMBER_OR_NONE = (*NUMBER, type(None))
 SWEPT = ("tau", "delta")
 """Options that make the points of a curve; the first that an option's rule uses."""
 SHORT = {
+    ("rule", "share"): "by share",
     ("v_cache_dtype", "fp8"): "FP8 V",
     ("use_fp8_residual", False): "no residual",
 }
