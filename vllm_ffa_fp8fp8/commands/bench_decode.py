@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--planted", nargs="+", choices=PLANTED, metavar="NAME",
         help="instead of hot blocks, scores of such a distribution, with the error of the output: "
-        f"{', '.join(PLANTED)}; with --setting, --preset, --delta or --kept "
+        f"{', '.join(PLANTED)}; with --setting, --preset, --delta, --tau or --kept "
         f"(default: --preset {' '.join(DEFAULT_SETTINGS)})",
     )  # fmt: skip
     add_setting_arguments(parser)

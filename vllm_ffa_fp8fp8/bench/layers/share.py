@@ -65,7 +65,8 @@ def share_weights(
     middle = (blocks > 0) & (blocks < newest)
     sums = (masses * middle).sum(-1).cumsum(-1)
     largest = (masses * middle).amax(-1).cummax(-1).values
-    scale = max(newest - 1, 0) / middle.sum(-1).cumsum(-1).clamp(min=1)
+    num_seen = middle.sum(-1).cumsum(-1).clamp(min=1).to(scores)
+    scale = max(newest - 1, 0) / num_seen  # what is seen stands for all but the largest
     total = (anchors - reference).exp2().sum(-1)[..., None, None]
     total = total + largest + (sums - largest) * scale  # [steps, group, num_items, chunks]
     raised = torch.as_tensor(raised, device=scores.device).exp2()[..., None, None, None]
