@@ -11,7 +11,14 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
 from vllm_ffa_fp8fp8.attention.stats import SUMS
-from vllm_ffa_fp8fp8.bench.quality.engine import Run, check_model, make_references, reference_path
+from vllm_ffa_fp8fp8.bench.quality.engine import (
+    Run,
+    check_model,
+    make_references,
+    reference_path,
+    with_ours,
+    without_ours,
+)
 from vllm_ffa_fp8fp8.bench.quality.judge import JudgedText, TextJudge, compare, log_softmax
 from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE, Texts, plan_engines
 from vllm_ffa_fp8fp8.bench.quality.report import (
@@ -155,7 +162,7 @@ def test_settings_that_differ_in_delta_share_an_engine():
 def judged_text(kl, kept, total, short=0):
     plain = dict.fromkeys((*SUMS, "most_left_mass"), 0) | {"squares": None}
     counts = plain | {"total_blocks": total, "short_blocks": short}
-    layers = [counts | {"kept_blocks": k} for k in kept]
+    layers = [counts | {"layer": 3 * n, "kept_blocks": k} for n, k in enumerate(kept)]
     return {"figures": [[value, 1.0, 2.0] for value in kl], "layers": layers}
 
 
@@ -198,7 +205,9 @@ def test_what_was_left_and_what_it_changed():
     assert by_layer([{"figures": [[0.0, 1.0, 2.0]], "layers": []}])["left_by_layer"] == []
     entries = [summary([text, other]) | found | {"name": "tau=0.1"}]
     assert "left to the draw" in [column.header for column in main_table(entries, "").columns]
-    titles = [table.title for table in layer_tables(entries)]
+    tables = list(layer_tables(entries))
+    assert all(list(table.columns[0].cells) == ["0", "3"] for table in tables)
+    titles = [table.title for table in tables]
     assert [title.split()[0] for title in titles] == ["Kept", "Left", "Error"]
 
 
@@ -234,6 +243,20 @@ def test_a_wrong_token_and_blocks_that_decode_did_not_read_are_seen():
         run_of([4, 5, 7], 8, 8).generate([1, 2, 3, 4, 5, 6], [text])
     with pytest.raises(RuntimeError, match="6 blocks instead of 8"):
         run_of([4, 5, 6], 6, 8).count_blocks(text)
+
+
+def test_the_reference_has_none_of_ours():
+    """Where the user names FFA_FP8FP8 for some kinds of layers, others keep what they have."""
+    plain = {"model": "m", "attention_config": {"flash_attn_version": 3}}
+    kinds = {"full_attention": "FFA_FP8FP8", "sliding_window": "TRITON_ATTN"}
+    some = {"model": "m", "attention_config": {"backend_per_kind": kinds}}
+    assert with_ours(plain, {})["attention_backend"] == "FFA_FP8FP8"
+    assert without_ours(plain) == plain
+    ours = with_ours(some, {"tau": 0.1})
+    assert ours == some | {"additional_config": {"ffa_fp8fp8": {"tau": 0.1}}}
+    left = without_ours(ours)["attention_config"]
+    assert left == {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}
+    assert kinds["full_attention"] == "FFA_FP8FP8"
 
 
 def test_references_need_room_and_the_models_own_tokens(tmp_path):

@@ -12,7 +12,7 @@ from vllm_ffa_fp8fp8.commands import calibrate, cli
 from vllm_ffa_fp8fp8.config import FFAConfig
 
 MODEL = str(Path(__file__).parents[1] / "assets" / "recall-9m")
-COUNTS = dict.fromkeys((*SUMS, "most_left_mass"), 0) | {"squares": [1.0, 4.0]}
+COUNTS = dict.fromkeys((*SUMS, "most_left_mass"), 0) | {"layer": 0, "squares": [1.0, 4.0]}
 
 
 @pytest.fixture(autouse=True)

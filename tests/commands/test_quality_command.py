@@ -76,7 +76,7 @@ def test_engine_arguments():
 def answer(job):
     """What an engine finds: a divergence of a tenth of the number of runs before it."""
     plain = dict.fromkeys((*SUMS, "most_left_mass"), 0) | {"squares": None}
-    counts = plain | {"kept_blocks": 1, "total_blocks": 4}
+    counts = plain | {"layer": 0, "kept_blocks": 1, "total_blocks": 4}
     layers = [counts] if job["options"] else []
     texts = [
         [{"figures": [[n / 10, 1.0, 2.0]] * job["last"], "layers": layers} for _ in job["texts"]]

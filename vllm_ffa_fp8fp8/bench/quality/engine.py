@@ -60,7 +60,8 @@ def start_engine(job: dict[str, Any], tell: Callable[[str], None], **arguments: 
         "logits_processors": [PROCESSOR],
         "worker_extension_cls": EXTENSION,
         **arguments,
-    } | job["llm"]
+        **job["llm"],
+    }
     if job["check"]:
         tell("looking whether the model can run with FFA_FP8FP8")
         try:
@@ -68,9 +69,9 @@ def start_engine(job: dict[str, Any], tell: Callable[[str], None], **arguments: 
         except ValueError as error:
             raise ModelRefused(str(error)) from error
     tell("loading the model")
-    if job["options"] is not None:
-        llm_arguments |= ours(job["options"] | {"record_skip_ratio": True})
-    return LLM(**llm_arguments)
+    if job["options"] is None:
+        return LLM(**without_ours(llm_arguments))
+    return LLM(**with_ours(llm_arguments, job["options"] | {"record_skip_ratio": True}))
 
 
 def stop_engine(llm: Any) -> str:
@@ -80,11 +81,24 @@ def stop_engine(llm: Any) -> str:
     return backend
 
 
-def ours(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "attention_backend": BACKEND_NAME,
-        "additional_config": {ADDITIONAL_CONFIG_KEY: options},
-    }
+def our_kinds(llm: dict[str, Any]) -> list[str]:
+    """The kinds of layers for which `attention_config` names FFA_FP8FP8; none: it is for all."""
+    kinds = (llm.get("attention_config") or {}).get("backend_per_kind") or {}
+    return [kind for kind, backend in kinds.items() if backend == BACKEND_NAME]
+
+
+def with_ours(llm: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    chosen = {} if our_kinds(llm) else {"attention_backend": BACKEND_NAME}
+    return llm | chosen | {"additional_config": {ADDITIONAL_CONFIG_KEY: options}}
+
+
+def without_ours(llm: dict[str, Any]) -> dict[str, Any]:
+    if not (ours := our_kinds(llm)):
+        return llm
+    attention = dict(llm["attention_config"])
+    kinds = attention.pop("backend_per_kind").items()
+    attention["backend_per_kind"] = {kind: other for kind, other in kinds if kind not in ours}
+    return llm | {"attention_config": attention}
 
 
 def check_model(llm_arguments: dict[str, Any], settings: list[dict[str, Any]]) -> int:
@@ -102,7 +116,7 @@ def check_model(llm_arguments: dict[str, Any], settings: list[dict[str, Any]]) -
 
     for options in settings:
         check_options(FFAConfig(**options), fp8_available())
-        config = EngineArgs(**llm_arguments, **ours(options)).create_engine_config()
+        config = EngineArgs(**with_ours(llm_arguments, options)).create_engine_config()
     model, parallel = config.model_config, config.parallel_config
     reasons = refusal_reasons(
         head_size=model.get_head_size(),
@@ -110,7 +124,7 @@ def check_model(llm_arguments: dict[str, Any], settings: list[dict[str, Any]]) -
         kv_cache_dtype=None,
         block_size=None,
         use_mla=model.use_mla,
-        has_sliding_window=model.get_sliding_window() is not None,
+        has_sliding_window=not our_kinds(llm_arguments) and bool(model.get_sliding_window()),
     )
     if reasons:
         raise ValueError(reasons[0])

@@ -157,11 +157,12 @@ TITLES = {
 
 
 def by_layer(texts: Sequence[Text]) -> dict[str, list[float]]:
-    """`kept_by_layer`, `left_by_layer` and `error_by_layer` in the order of the layers; empty for
-    another backend, and where they are not measured."""
+    """`layers`, their indices, and `kept_by_layer`, `left_by_layer` and `error_by_layer` in that
+    order; empty for another backend, and where they are not measured."""
     layers = list(zip(*(text["layers"] for text in texts), strict=True))
     has_errors = all(count["squares"] for layer in layers for count in layer)
-    return {
+    indices = [counts[0]["layer"] for counts in layers]
+    return {"layers": indices} | {
         f"{name}_by_layer": [figure(layer) for layer in layers if has_errors or name != "error"]
         for name, figure in FIGURES_BY_LAYER.items()
     }
@@ -194,6 +195,6 @@ def layer_tables(entries: Sequence[Entry]) -> Iterator[Table]:
             continue
         table = markdown_table(title, "layer", *(found["name"] for found in ours))
         rows = zip(*(found[f"{name}_by_layer"] for found in ours), strict=True)
-        for layer, figures in enumerate(rows):
+        for layer, figures in zip(ours[0]["layers"], rows, strict=True):
             table.add_row(str(layer), *(f"{figure:.3f}" for figure in figures))
         yield table

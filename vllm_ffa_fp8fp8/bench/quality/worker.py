@@ -3,7 +3,8 @@
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_ffa_fp8fp8.attention.geometry import named_impls, pruning_block_size
+from vllm_ffa_fp8fp8.attention.geometry import named_impls
+from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8MetadataBuilder
 from vllm_ffa_fp8fp8.bench.serving_worker import BenchWorkerExtension
 
 
@@ -11,10 +12,12 @@ class QualityExtension(BenchWorkerExtension):
     def ffa_blocks_to_read(self, seq_lens: list[int]) -> int:
         """What `ffa_skip_stats` counts in all where a request decodes alone, one token after
         another, at such lengths."""
-        total = 0
-        for impl in named_impls(self.vllm_config).values():
-            block_size = pruning_block_size(self.cache_config.block_size, impl.config)
-            total += impl.num_kv_heads * sum(-(-seq_len // block_size) for seq_len in seq_lens)
+        total, impls = 0, named_impls(self.vllm_config)
+        for group in (group for groups in self.model_runner.attn_groups for group in groups):
+            builder = group.metadata_builders[0]
+            if isinstance(builder, FFAFP8FP8MetadataBuilder):
+                blocks = sum(-(-seq_len // builder.block_size) for seq_len in seq_lens)
+                total += blocks * sum(impls[name].num_kv_heads for name in group.layer_names)
         return total
 
     def ffa_measure_errors(self) -> None:
