@@ -5,7 +5,7 @@ import torch
 COUNTERS = ("kept", "total", "short", "drawn", "left", "most_left", "tokens")
 """Blocks read and all blocks of requests that have `min_context` tokens; blocks of shorter ones,
 which are all read; of the blocks read those that were drawn (rule "share"); the share of the
-softmax that was left to the draw, in the query row that weighs a block most, in units of
+softmax that was left to the draw, the mean of the KV head's query heads, in units of
 1 / SHARE_UNITS, and the most of a request; query tokens. All but the third are of requests that
 have `min_context` tokens."""
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 CHANCES = 1 << 20
+RECENT_TOKENS = 256
 MOST_MASS = 2.0**100
 """Relative to the anchors' best token; a block of this mass or more, or of one that is no number,
 is read for sure."""
@@ -72,7 +73,8 @@ def choose_blocks_reference(
             `decode_attention`.
         span: tokens that are dealt out together, `block_size` or a multiple.
         num_items: programs that share the request, each of which has every `num_items`-th span,
-            estimates the denominator from those that it has seen, and draws by itself.
+            estimates the denominator from those that it has seen (those of the last RECENT_TOKENS
+            stand for no others), and draws by itself.
         chunk_spans: spans that a program sees before it draws; None: all.
     """
     num_kv_heads, num_rows, seq_len = scores.shape
@@ -91,8 +93,9 @@ def choose_blocks_reference(
     device = scores.device
     blocks = torch.arange(num_blocks, device=device)
     newest = (seq_len - query_len) // block_size
-    middle = (blocks > 0) & (blocks < newest)
-    num_middle = max(newest - 1, 0)
+    first_recent = max(newest - RECENT_TOKENS // block_size, 1)
+    middle = (blocks > 0) & (blocks < first_recent)
+    recent = (blocks >= first_recent) & (blocks < newest)
     positions = torch.arange(seq_len - query_len, seq_len, device=device)  # of query tokens
     weights = scores.new_full((num_kv_heads, query_len, num_blocks), -torch.inf)
     sure = torch.zeros(num_kv_heads, num_blocks, dtype=torch.bool, device=device)
@@ -101,16 +104,19 @@ def choose_blocks_reference(
         spans = range(item, num_spans, num_items)
         step = chunk_spans or max(1, len(spans))
         seen = torch.zeros(num_blocks, dtype=torch.bool, device=device)
+        own = seen.clone()
         for begin in range(0, len(spans), step):
             chunk = spans[begin : begin + step]
             mine = (blocks[:, None] // (span // block_size) == scores.new_tensor(chunk)).any(1)
             seen |= mine & middle
+            own |= mine & recent
             sums = masses[..., seen].sum(-1)
             largest = masses[..., seen].amax(-1) if seen.any() else torch.zeros_like(sums)
-            scale = num_middle / max(1, int(seen.sum()))
-            total = anchor_mass + largest + (sums - largest) * scale
-            shares = (masses[..., mine] / total[..., None]).masked_fill(most[..., mine], torch.inf)
-            shares = shares.unflatten(1, (query_len, -1)).amax(2)
+            scale = (first_recent - 1) / max(1, int(seen.sum()))
+            total = anchor_mass + masses[..., own].sum(-1) + largest + (sums - largest) * scale
+            parts = (masses[..., mine] / total[..., None]).unflatten(1, (query_len, -1))
+            shares = parts.masked_fill(most[..., mine].unflatten(1, (query_len, -1)), torch.inf)
+            shares = shares.amax(2)
             ends = (blocks[mine] == 0) | (blocks[mine] >= positions[:, None] // block_size)
             shares = shares.masked_fill(ends, torch.inf)
             offsets = [
@@ -119,5 +125,5 @@ def choose_blocks_reference(
             ]
             weights[..., mine] = draw_reference(shares, tau, torch.tensor(offsets)).to(scores)
             sure[:, mine] |= (~(shares < tau)).any(1)
-            left[:, item] += shares.where(shares < tau, 0).sum((1, 2))
+            left[:, item] += parts.mean(2).where(shares < tau, 0).sum((1, 2))
     return Choice(weights, (weights > -torch.inf).any(1) & ~sure, left)

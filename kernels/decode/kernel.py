@@ -170,7 +170,8 @@ def decode_kernel(
         anchor_score, anchor_mass = anchor_masses(
             rows, factor, limits, seq_len, anchors, anchor_scales, QUERY, DTYPE
         )
-        seen = (tl.zeros([ROWS_PADDED], tl.float32), tl.zeros([ROWS_PADDED], tl.float32), 0)
+        nothing = tl.zeros([ROWS_PADDED], tl.float32)
+        seen = (nothing, nothing, nothing, 0)
 
     accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
     TILE_TOKENS: tl.constexpr = run_tile(BLOCK) if RULE == "share" else SPAN_SIZE

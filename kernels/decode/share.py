@@ -11,6 +11,10 @@ LOG2_CHANCES: tl.constexpr = tl.constexpr(20)
 CHANCES: tl.constexpr = tl.constexpr(1 << 20)
 """Probabilities are multiples of 1 / CHANCES, and at least that: a weight is at most CHANCES."""
 
+RECENT_TOKENS: tl.constexpr = tl.constexpr(256)
+"""So many of the newest tokens weigh otherwise than those before: their blocks stand for no
+others."""
+
 MOST_MASS: tl.constexpr = tl.constexpr(2.0**100)
 """Blocks of this mass or more are read for sure, as are those whose mass is no number; it leaves
 room for the sum of all blocks."""
@@ -111,8 +115,8 @@ def draw_offset(layer, kv_head, position, first_span):
 
 
 @triton.jit
-def _add_and_compare(sums, largest, more_sums, more_largest):
-    return sums + more_sums, tl.maximum(largest, more_largest)
+def _add_and_compare(sums, largest, recent, more_sums, more_largest, more_recent):
+    return sums + more_sums, tl.maximum(largest, more_largest), recent + more_recent
 
 
 @triton.jit
@@ -131,8 +135,8 @@ def choose_blocks(
 
     A block's share is its part of the softmax's denominator, the largest over the rows of a query
     token. For the denominator every row has the mass of the first and last tokens, `anchors`,
-    float32 `[ROWS_PADDED]`, and those of the blocks between the first and the newest that the
-    program has seen, of which the largest stands for itself alone and the others for all that
+    float32 `[ROWS_PADDED]`, and those of the blocks that the program has seen. Of these the ones of
+    the last RECENT_TOKENS and the largest one stand for themselves alone, the others for all that
     other programs see.
 
     For each query token a block is read with probability `p = min(1, share / tau)`, and counts
@@ -147,8 +151,8 @@ def choose_blocks(
     for blocks that a token does not want, to `weights[slot, token]`.
     Returns the number of runs, `seen`, the denominator, `[ROWS_PADDED]`, whether blocks of
     MOST_MASS are among those that are read, and what became of the blocks: how many there are, how
-    many are read, how many of these were drawn, and the share of all that were left to the draw,
-    in the row that weighs each of them most.
+    many are read, how many of these were drawn, and the share of the softmax that was left
+    to the draw, the mean of the rows.
     """
     BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
     PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK_SIZE
@@ -171,10 +175,12 @@ def choose_blocks(
         )
         places += (page * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE,)
     newest = (seq_len - query_len) // BLOCK_SIZE
-    is_middle = exists & (blocks > 0) & (blocks < newest)
-    seen_sums, seen_largest, num_seen = seen
+    first_recent = tl.maximum(newest - RECENT_TOKENS // BLOCK_SIZE, 1)
+    is_middle = exists & (blocks > 0) & (blocks < first_recent)
+    is_recent = exists & (blocks >= first_recent) & (blocks < newest)
+    seen_sums, seen_largest, seen_recent, num_seen = seen
     num_seen += tl.sum(is_middle.to(tl.int32), axis=0)
-    scale = tl.maximum(newest - 1, 0) / tl.maximum(num_seen, 1).to(tl.float32)
+    scale = (first_recent - 1) / tl.maximum(num_seen, 1).to(tl.float32)
     denominator = tl.full([ROWS_PADDED], 1.0, tl.float32)
     wanted = exists & (slots < 0)
     sure = wanted
@@ -182,6 +188,7 @@ def choose_blocks(
     left = 0.0
     for token in range(query_len):
         share = tl.zeros([SLOTS], tl.float32)
+        shares = share
         is_least = exists
         masses = ()
         for head in tl.static_range(GROUP):
@@ -192,13 +199,18 @@ def choose_blocks(
         for head in tl.static_range(GROUP):
             row = token * GROUP + head
             middle = tl.where(is_middle, masses[head], 0.0)
-            sums, largest = tl.reduce((middle, middle), 0, _add_and_compare)
+            recent = tl.where(is_recent, masses[head], 0.0)
+            sums, largest, recent = tl.reduce((middle, middle, recent), 0, _add_and_compare)
             sums += _of_row(seen_sums, row)
             largest = tl.maximum(largest, _of_row(seen_largest, row))
-            total = _of_row(anchors, row) + largest + (sums - largest) * scale
-            share = tl.maximum(share, masses[head] / total)
+            recent += _of_row(seen_recent, row)
+            total = _of_row(anchors, row) + recent + largest + (sums - largest) * scale
+            part = masses[head] / total
+            share = tl.maximum(share, part)
+            shares += part
             seen_sums = tl.where(rows == row, sums, seen_sums)
             seen_largest = tl.where(rows == row, largest, seen_largest)
+            seen_recent = tl.where(rows == row, recent, seen_recent)
             denominator = tl.where(rows == row, total, denominator)
         position = seq_len - query_len + token
         is_small = is_least & (blocks > 0) & (blocks < position // BLOCK_SIZE) & (share < tau)
@@ -212,7 +224,7 @@ def choose_blocks(
         tl.store(weights_ptr + slots * QUERY.QUERY_LEN + token, weights, mask=exists)
         sure |= exists & (is_small == 0)
         wanted |= is_hit
-        left += tl.sum(tl.where(is_small, share, 0.0), axis=0)
+        left += tl.sum(tl.where(is_small, shares, 0.0), axis=0) / GROUP
     wanted |= sure
     ranks = tl.cumsum(wanted.to(tl.int32), axis=0)
     for part in tl.static_range(PER_BLOCK):
@@ -225,5 +237,5 @@ def choose_blocks(
     num_blocks = tl.sum(exists.to(tl.int32), axis=0)
     counts = (num_blocks, num_wanted, num_drawn, left)
     has_most = tl.max(is_most.to(tl.int32), axis=0) > 0
-    seen = (seen_sums, seen_largest, num_seen)
+    seen = (seen_sums, seen_largest, seen_recent, num_seen)
     return num_wanted * PER_BLOCK, seen, denominator, has_most, counts

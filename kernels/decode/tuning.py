@@ -55,7 +55,9 @@ class DecodeTuning:
 DEFAULT = DecodeTuning()
 """For batches that fill the GPU, and for GPUs that nobody has measured."""
 
-FEW = DecodeTuning(dense_programs_per_processor=1, waves=1, min_blocks=2, scan_tokens=128)
+FEW = DecodeTuning(
+    dense_programs_per_processor=1, waves=1, min_blocks=2, scan_tokens=128, chunk_blocks=64
+)
 """For batches that do not: latency counts there, and smaller steps of the scan start sooner."""
 
 FP8_VALUES = replace(DEFAULT, waves=1)

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_ffa_fp8fp8.kernels.share_reference import CHANCES, draw_offset_reference
+from vllm_ffa_fp8fp8.kernels.share_reference import (
+    CHANCES,
+    RECENT_TOKENS,
+    draw_offset_reference,
+)
 
 ANCHOR_TOKENS = 16
 
@@ -62,13 +66,15 @@ def share_weights(
     masses = F.pad((scores - reference).exp2(), (0, num_blocks * block_size - seq_len))
     masses = masses.unflatten(2, (num_blocks, block_size)).sum(-1)
     masses = F.pad(masses, (0, 1))[..., blocks.clamp(max=num_blocks)]
-    middle = (blocks > 0) & (blocks < newest)
+    first_recent = max(newest - RECENT_TOKENS // block_size, 1)
+    middle = (blocks > 0) & (blocks < first_recent)
+    recent = (masses * ((blocks >= first_recent) & (blocks < newest))).sum(-1).cumsum(-1)
     sums = (masses * middle).sum(-1).cumsum(-1)
     largest = (masses * middle).amax(-1).cummax(-1).values
     num_seen = middle.sum(-1).cumsum(-1).clamp(min=1).to(scores)
-    scale = max(newest - 1, 0) / num_seen  # what is seen stands for all but the largest
+    scale = (first_recent - 1) / num_seen  # what is seen stands for all but the largest
     total = (anchors - reference).exp2().sum(-1)[..., None, None]
-    total = total + largest + (sums - largest) * scale  # [steps, group, num_items, chunks]
+    total = total + recent + largest + (sums - largest) * scale  # [steps, group, num_items, chunks]
     raised = torch.as_tensor(raised, device=scores.device).exp2()[..., None, None, None]
     shares = (masses / total[..., None] * raised).amax(1)
 
