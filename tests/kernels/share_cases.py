@@ -18,10 +18,11 @@ TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 """Of the output, relative 2-norm."""
 
 
-def share_limits(case: Case, device: str, chunk_blocks: int | None = None, **changes):
+def share_limits(
+    case: Case, chunk_blocks: int | None = None, num_processors: int = 2, **changes
+) -> DecodeLimits:
     """`chunk_blocks`: spans of a chunk, instead of those of the tuning."""
-    limits = case.limits(132 if device == "cuda" else 2)
-    limits = dataclasses.replace(limits, rule="share", **changes)
+    limits = dataclasses.replace(case.limits(num_processors), rule="share", **changes)
     if chunk_blocks is None:
         return limits
     tuning = dataclasses.replace(
@@ -97,6 +98,22 @@ def choice_of(batch: Batch, tau: float, run_dealt, request: int = 0, layer: int 
         scores_of(batch, request, residual=False), batch.case.query_len, tau,
         block_size=batch.case.block_size, layer=layer, **run_dealt[request],
     )  # fmt: skip
+
+
+def sums_of_programs(batch, choice, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerators and denominators of every program, float64, `[num_items, num_kv_heads, rows,
+    head_size]` and without the last dimension."""
+    case = batch.case
+    scores = scores_of(batch)
+    _, value = gather_kv_reference(
+        batch.planes(), batch.block_table[0], case.lengths[0], torch.float64
+    )
+    tokens = torch.arange(scores.shape[-1])
+    counts = choice.weights.exp2().repeat_interleave(case.group, dim=1)
+    weights = scores.exp2() * counts[..., tokens // case.block_size]
+    owners = tokens // 64 % num_items
+    mine = torch.stack([weights * (owners == item) for item in range(num_items)])
+    return mine @ value.transpose(0, 1), mine.sum(-1)
 
 
 def planted(case: Case, hot: dict[int, float], others: float = 0.0) -> Batch:

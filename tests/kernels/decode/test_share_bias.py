@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from cases import Case, make_batch
-from share_cases import choice_of, run_share, scores_of, share_limits
+from share_cases import choice_of, run_share, share_limits, sums_of_programs
 
-from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
 from vllm_ffa_fp8fp8.kernels.share_reference import choose_blocks_reference
 
 TAU = 0.05
@@ -115,27 +114,11 @@ def test_a_block_that_is_drawn_counts_tau_at_most():
 CASE = Case((1030,), group=3, num_kv_heads=2, block_size=16, dtype=torch.float16)
 
 
-def sums_of_programs(batch, choice, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerators and denominators of every program, float64, `[num_items, num_kv_heads, rows,
-    head_size]` and without the last dimension."""
-    case = batch.case
-    scores = scores_of(batch)
-    _, value = gather_kv_reference(
-        batch.planes(), batch.block_table[0], case.lengths[0], torch.float64
-    )
-    tokens = torch.arange(scores.shape[-1])
-    counts = choice.weights.exp2().repeat_interleave(case.group, dim=1)
-    weights = scores.exp2() * counts[..., tokens // case.block_size]
-    owners = tokens // 64 % num_items
-    mine = torch.stack([weights * (owners == item) for item in range(num_items)])
-    return mine @ value.transpose(0, 1), mine.sum(-1)
-
-
 def test_programs_add_up_what_they_drew(device):
     """What each hands to the merge is the oracle's, numerator and denominator; of another layer it
     is not. On a GPU over all hashes: without bias."""
     batch = make_batch(CASE)
-    limits = share_limits(CASE, device)
+    limits = share_limits(CASE)
     num_hashes = NUM_HASHES if device == "cuda" else 2
     found = []
     for layer in range(num_hashes):

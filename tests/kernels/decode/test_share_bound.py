@@ -130,8 +130,9 @@ def test_what_is_read_for_sure_takes_no_part(parts, offset, data):
     for place, share in zip(places, sure, strict=True):
         mixed.insert(place, share)
         expected.insert(place, 0.0)
-    assert draw_reference(torch.tensor(mixed).double(), tau, offset).tolist() == expected
-    assert (draw_reference(torch.tensor(mixed).double(), 0.0, offset) == 0).all()
+    among_others = torch.tensor(mixed, dtype=torch.float64)
+    assert draw_reference(among_others, tau, offset).tolist() == expected
+    assert (draw_reference(among_others, 0.0, offset) == 0).all()
 
 
 NAMES = ("layer", "kv_head", "position", "first_span")
