@@ -36,15 +36,14 @@ def check(batch, run, tau, **options) -> None:
 
 
 @pytest.mark.parametrize(
-    "num_processors, chunk_blocks, num_items, chunk_spans",
-    [(1, 1, 2, 1), (1, 4, 2, 4), (3, 2, 6, 2), (1, None, 2, 128)],
+    "num_processors, chunk_blocks, num_items", [(1, 1, 2), (1, 4, 2), (3, 2, 6), (1, 64, 2)]
 )
-def test_items_and_chunks(device, num_processors, chunk_blocks, num_items, chunk_spans):
+def test_items_and_chunks(device, num_processors, chunk_blocks, num_items):
     batch = make_batch(CASE)
     limits = share_limits(CASE, chunk_blocks, num_processors)
     runs = [run_share(batch, device, limits, TAU, layer=1) for _ in range(2)]
-    dealt = runs[0].dealt[0]
-    assert (dealt["num_items"], dealt["chunk_spans"]) == (num_items, chunk_spans)
+    dealt = {"span": 64, "num_items": num_items, "chunk_spans": chunk_blocks}
+    assert runs[0].dealt == [dealt]
     check(batch, runs[0], TAU, layer=1)
     assert runs[0].output.equal(runs[1].output)
 
