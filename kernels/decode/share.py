@@ -205,9 +205,9 @@ def choose_blocks(
             largest = tl.maximum(largest, _of_row(seen_largest, row))
             recent += _of_row(seen_recent, row)
             total = _of_row(anchors, row) + recent + largest + (sums - largest) * scale
-            part = masses[head] / total
-            share = tl.maximum(share, part)
-            shares += part
+            head_share = masses[head] / total
+            share = tl.maximum(share, head_share)
+            shares += head_share
             seen_sums = tl.where(rows == row, sums, seen_sums)
             seen_largest = tl.where(rows == row, largest, seen_largest)
             seen_recent = tl.where(rows == row, recent, seen_recent)
