@@ -45,11 +45,16 @@ class FFAConfig:
 
     With o_b what attention to block b alone gives and o its mean by shares, the exact output, the
     error is to first order the sum over blocks of (x_b - 1) w_b (o_b - o), where x_b is tau / w_b
-    with probability w_b / tau and else 0. Its mean is 0, and with a draw a block its variance
+    with probability w_b / tau and else 0. Its mean is 0. With a draw a block its variance is
     sum (tau / w_b - 1) w_b^2 |o_b - o|^2 <= tau M D^2: M is the share of all blocks below tau
     together, D the largest |o_b - o|. So the error is at most sqrt(tau M) D, root mean square,
-    whatever the keys and however long the context. Blocks read in expectation, of a query head:
-    at most 1 / tau and the first and newest ones."""
+    whatever the keys and however long the context. Draws are systematic: a program's chunk that
+    leaves M_c to its draw reads M_c / tau of these blocks, rounded up or down, and its variance is
+    at most ceil(M_c / tau) tau M_c D^2 in any order of blocks; the first bound holds up to one
+    draw a chunk, and the factor is reached only where values alternate in step with the draw.
+    Shares are of the denominator that a program estimates: where it takes Z for c Z, tau stands
+    for c tau. Blocks read in expectation, of a query head: at most 1 / tau and the first and
+    newest ones, up to that estimate."""
 
     block_size: int | None = values.option(
         None,

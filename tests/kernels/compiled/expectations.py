@@ -46,8 +46,11 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ("decode_kernel", "pruned", {"loops": (E4M3, E4M3), "moves": {"load_scores": 16}}),
     # the second is for scores far above the anchors'
     ("decode_kernel", "share", {"loops": (E4M3, E4M3, E4M3)}),
-    ("decode_kernel", "share, float16", {"loops": (ANY, ANY)}),
-    ("decode_kernel", "share, up to 8 query tokens", {"local": 128, "programs": 1}),
+    # outside of the loops
+    ("decode_kernel", "share, FP8 V", {"local": 64}),
+    ("decode_kernel", "share, counted", {"local": 64}),
+    ("decode_kernel", "share, float16", {"loops": (ANY, ANY), "local": 128}),
+    ("decode_kernel", "share, up to 8 query tokens", {"local": 256, "programs": 1}),
     ("decode_kernel", "tensors", {"loops": (E4M3, E4M3)}),
     ("decode_kernel", "no residual", {"loops": (E4M3, ANY)}),
     # operands of the second product: 8 elements in a row are a thread's
