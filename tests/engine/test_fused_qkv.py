@@ -109,7 +109,7 @@ def run(attention, vllm_config, slots) -> tuple[torch.Tensor, ...]:
         seq_lens=starts[:0],
         block_table=pages[:0, None],
         block_size=16,
-        delta=None,
+        limit=None,
         plan=None,
         prefill=prefill,
     )
