@@ -215,8 +215,10 @@ def largest_scores(
     tokens = tl.arange(0, TOKENS)
     columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     largest = tl.full([QUERY.ROWS_PADDED], float("-inf"), tl.float32)
+    entries = load_runs(runs_ptr, 0, num_runs, RUNS)
     for rank in tl.range(0, num_runs, RUNS, num_stages=TUNING.ATTEND_STAGES):
-        units, begins, _ = load_runs(runs_ptr, rank, num_runs, RUNS)
+        units, begins, _ = entries
+        entries = load_runs(runs_ptr, rank + RUNS, num_runs, RUNS)
         positions = tokens * 0
         for part in tl.static_range(RUNS):
             positions = tl.where(tokens // RUN == part, begins[part] + tokens % RUN, positions)

@@ -199,6 +199,8 @@ def _kernel_tuning(
     attend_stages = {
         "none": tuning.dense_stages, "threshold": tuning.attend_stages, "share": tuning.share_stages
     }[rule]
+    if rule == "share" and limits.capability[0] == 10:
+        attend_stages = 1  # Triton 3.9 ends in an assertion where it pipelines runs of 16 there
     merge_rows = tuning.merge_rows * 128 // max(128, triton.next_power_of_2(planes.head_size))
     return KernelTuning(
         chunk_spans(limits, num_reqs, planes, query_dtype),

@@ -68,7 +68,7 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ("decode_kernel", "pruned, FP8 V", {"local": 64}),  # Triton 3.9, outside of the loops
     ("decode_kernel", "pruned, head size 256, blocks of 128", {"local": 64}),
     ("decode_kernel", "dense, head size 256, blocks of 128", {"local": 384, "pipelined": False}),
-    ("decode_kernel", "64 rows", {"local": 640, "programs": 1}),
+    ("decode_kernel", "64 rows", {"local": 704, "programs": 1}),
     ("decode_threshold_kernel", "", {"moves": {"load_rows": 16, "load_query": 16}}),
     ("_base_read_kernel", "", {"moves": {"cp:_base_read_kernel": 16}}),
     ("_kv_gather_kernel", "", {"moves": {"load_rows": 16, "st:_kv_gather_kernel": 16}}),
