@@ -47,6 +47,7 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     # the second is for scores far above the anchors'
     ("decode_kernel", "share", {"loops": (E4M3, E4M3, E4M3)}),
     # outside of the loops
+    ("decode_kernel", "share, blocks of 16", {"local": 64}),
     ("decode_kernel", "share, FP8 V", {"local": 64}),
     ("decode_kernel", "share, counted", {"local": 64}),
     ("decode_kernel", "share, float16", {"loops": (ANY, ANY), "local": 128}),
