@@ -201,6 +201,15 @@ def load_runs(runs_ptr, rank, num_runs, RUNS: tl.constexpr):
 
 
 @triton.jit
+def of_runs(values, tokens, RUN: tl.constexpr):
+    """For each of `tokens` the one of `values`, a tuple of scalars, that its run has."""
+    chosen = tokens * 0
+    for part in tl.static_range(len(values)):
+        chosen = tl.where(tokens // RUN == part, values[part], chosen)
+    return chosen
+
+
+@triton.jit
 def largest_scores(
     query, factor, limits, num_runs, seq_len, runs_ptr, cache,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
@@ -219,9 +228,7 @@ def largest_scores(
     for rank in tl.range(0, num_runs, RUNS, num_stages=TUNING.ATTEND_STAGES):
         units, begins, _ = entries
         entries = load_runs(runs_ptr, rank + RUNS, num_runs, RUNS)
-        positions = tokens * 0
-        for part in tl.static_range(RUNS):
-            positions = tl.where(tokens // RUN == part, begins[part] + tokens % RUN, positions)
+        positions = of_runs(begins, tokens, RUN) + tokens % RUN
         valid = positions < seq_len
         exponents = load_unit_exponents(cache.key_exponent, units, tokens, valid, BLOCK)
         rows = unit_pointers(cache.key, units, tokens, PAGE.KEY_STRIDE, BLOCK)
@@ -254,12 +261,8 @@ def attend_runs(
     for rank in tl.range(0, num_runs, RUNS, num_stages=TUNING.ATTEND_STAGES):
         places, begins, slots = entries
         entries = load_runs(runs_ptr, rank + RUNS, num_runs, RUNS)  # before they are waited for
-        positions = tokens * 0
-        weights = tokens * 0
-        for part in tl.static_range(RUNS):
-            mine = tokens // RUN == part
-            positions = tl.where(mine, begins[part] + tokens % RUN, positions)
-            weights = tl.where(mine, slots[part] * QUERY.QUERY_LEN, weights)
+        positions = of_runs(begins, tokens, RUN) + tokens % RUN
+        weights = of_runs(slots, tokens, RUN) * QUERY.QUERY_LEN
         if QUERY.QUERY_LEN > 1:
             weights = weights[:, None] + row_tokens[None, :]
         else:

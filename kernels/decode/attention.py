@@ -42,11 +42,15 @@ def decode_attention(
 ) -> None:
     """Attention of a request's newest tokens over its cached keys and values.
 
-    A block of tokens is skipped when every query row of its KV group (the group's heads, of all
-    query tokens) scores below `threshold = max(base score over the first and last 16 tokens) -
-    delta` on all its tokens; the blocks of the query tokens are always kept. Scores of the
-    decision come from the FP8 base alone, those of the softmax from base + residual. The softmax
-    mass dropped is at most `num_dropped_tokens * 2^-delta`, up to the base's rounding.
+    With `delta` a block of tokens is skipped when every query row of its KV group (the group's
+    heads, of all query tokens) scores below `threshold = max(base score over the first and last
+    16 tokens) - delta` on all its tokens; the blocks of the query tokens are always kept. Scores
+    of the decision come from the FP8 base alone, those of the softmax from base + residual. The
+    softmax mass dropped is at most `num_dropped_tokens * 2^-delta`, up to the base's rounding.
+
+    With `tau` a block is read with probability `min(1, share / tau)` and counts the inverse as
+    often, where its share is the largest over the query heads of a KV head of its part of the
+    softmax; see `choose_blocks`, and docs/accuracy.md for the bound of the error.
 
     One launch (two with `precomputed_threshold=True`), no synchronisation: fit for CUDA graphs.
 
@@ -65,14 +69,16 @@ def decode_attention(
             `query`, up to `query_len` of them, none in padding rows; None: all have as many.
         query_len: the most query tokens of a request, at most MAX_QUERY_ROWS rows a KV head;
             None: as `query` has without `query_start_loc`.
-        delta: float32 `[num_reqs]` or `[1]`, log2 units, inf for no pruning; None: no request
-            is pruned.
+        delta: float32 `[num_reqs]` or `[1]`, log2 units, inf for no pruning.
+        tau: float32 `[num_reqs]` or `[1]`, a share of the softmax, 0 to read everything. Not
+            beside `delta`, and as the plan's limits have their `rule`; neither: no request is
+            pruned.
+        layer: tells the draws of layers apart.
         min_context: requests with fewer tokens run unpruned.
         precomputed_threshold: a tensor: thresholds, float32 `[num_tokens, num_heads]`,
             contiguous, log2 units, in use where `delta` is finite and the request not shorter than
             `min_context`; True: compute them in a kernel of their own; False: in every program.
-        counters: int64 `[num_kv_heads, 3]`, contiguous, to which are added: kept and all blocks of
-            requests that have `min_context` tokens, and blocks of shorter ones, which are all kept.
+        counters: of `new_counters`, contiguous, to which is added.
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
             launch, from compute capability 9.0 on; no effect elsewhere, nor where nothing is
             pruned and a program has a multiprocessor for itself). That kernel may write all that

@@ -69,18 +69,72 @@ def load_anchors(seq_len, pages, cache, PAGE: tl.constexpr):
 
 
 @triton.jit
-def anchor_threshold(
-    query, factor, limits, delta, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
+def anchor_scores(
+    query, factor, limits, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """The largest base score of the anchors minus `delta`, log2 units, `[ROWS_PADDED]`.
+    """Base scores of the anchors, log2 units, `[4 * ANCHOR_TOKENS, ROWS_PADDED]`.
 
     `key, scales`: of `load_anchors`. See `scan_blocks` for the other arguments.
     """
     positions = anchor_positions(seq_len)
     scores = dot_query(key.to(DTYPE), query, QUERY) * factor[None, :]
     seen = (positions >= 0)[:, None] & (positions[:, None] < limits[None, :])
-    scores = tl.where(seen, scores * scales[:, None], float("-inf"))
+    return tl.where(seen, scores * scales[:, None], float("-inf"))
+
+
+@triton.jit
+def anchor_threshold(
+    query, factor, limits, delta, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The largest base score of the anchors minus `delta`, log2 units, `[ROWS_PADDED]`.
+
+    See `anchor_scores` for the arguments.
+    """
+    scores = anchor_scores(query, factor, limits, seq_len, key, scales, QUERY, DTYPE)
     return tl.max(scores, axis=0) - delta
+
+
+@triton.jit
+def tile_tokens_of(step, SPAN: tl.constexpr, SPANS: tl.constexpr):
+    """The tokens of a tile of SPANS spans, every `step`-th of a request, row by row: their places
+    in the tile's spans, and their positions from its first token on, int32 `[TILE]` each.
+
+    16 tokens of each span in turn. A warp gets 16 of 64 rows of a product, so that with four spans
+    each has one of its own, and finds by itself what its blocks weigh and whether to keep them.
+    """
+    SIZE: tl.constexpr = SPAN.BLOCK_SIZE
+    rows = tl.arange(0, SPANS * SIZE)
+    row_spans = rows // 16 % SPANS
+    span_tokens = rows // (16 * SPANS) * 16 + rows % 16
+    return row_spans * SIZE + span_tokens, row_spans * step * SIZE + span_tokens
+
+
+@triton.jit
+def score_tile(
+    query, limits, first_span, step, index, seq_len, seen_by_all, places, tokens, positions, cache,
+    PAGE: tl.constexpr, SPAN: tl.constexpr, QUERY: tl.constexpr, DTYPE: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Base scores, without the factor, of the tile that begins at span `index` of a chunk,
+    `[TILE, ROWS_PADDED]`; -inf for tokens that a row does not see.
+
+    `tokens, positions`: of `tile_tokens_of`. See `scan_blocks` for the other arguments.
+    """
+    SIZE: tl.constexpr = SPAN.BLOCK_SIZE
+    TILE: tl.constexpr = SPANS * SIZE
+    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
+    first = (first_span + index * step) * SIZE
+    positions += first
+    exists = positions < seq_len
+    exponents = load_tile_exponents(cache.key_exponent, places, index, tokens, exists, SPAN, TILE)
+    rows = tile_pointers(cache.key, places, index, tokens, PAGE.KEY_STRIDE, SPAN, TILE)
+    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    key = load_rows(rows, columns, exists, not PAGE.WHOLE_PAGES, PAGE).to(DTYPE)
+    scores = dot_query(key, query, QUERY)
+    scores *= tile_scales(exponents, tokens, HAS_EXPONENT)[:, None]
+    if first + ((SPANS - 1) * step + 1) * SIZE > seen_by_all:
+        scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -109,38 +163,20 @@ def scan_blocks(
     TILE_BLOCKS: tl.constexpr = TUNING.TILE_BLOCKS
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     RUNS: tl.constexpr = BLOCK_SIZE // 16
-    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
-    # Rows of a tile: 16 tokens of each block in turn. A warp gets 16 of 64 rows of a product, so
-    # that with four blocks each has one of its own, and finds by itself whether to keep it.
-    tile_rows = tl.arange(0, TILE)
-    row_blocks = tile_rows // 16 % TILE_BLOCKS
-    block_tokens = tile_rows // (16 * TILE_BLOCKS) * 16 + tile_rows % 16
-    tile_tokens = row_blocks * BLOCK_SIZE + block_tokens
-    tile_positions = row_blocks * step * BLOCK_SIZE + block_tokens
+    tile_tokens, tile_positions = tile_tokens_of(step, BLOCK, TILE_BLOCKS)
     tile_blocks = tl.arange(0, TILE_BLOCKS)
     rows = tl.arange(0, ROWS_PADDED)
-    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
     kept = tl.zeros([TILE_BLOCKS], tl.int64)
     kept_late = tl.zeros([TILE_BLOCKS], tl.int64)
     largest = tl.full([TILE, ROWS_PADDED], float("-inf"), tl.float32)
-    last_row = ((TILE_BLOCKS - 1) * step + 1) * BLOCK_SIZE
     # of scores without the factor; no rounding drops the block that the threshold is from
     threshold = (threshold - tl.abs(threshold) * 1e-6) / factor
     for index in tl.range(0, num_blocks, TILE_BLOCKS, num_stages=TUNING.SCAN_STAGES):
         block = first_block + index * step
-        positions = block * BLOCK_SIZE + tile_positions
-        exists = positions < seq_len
-        exponents = load_tile_exponents(
-            cache.key_exponent, places, index, tile_tokens, exists, BLOCK, TILE
+        scores = score_tile(
+            query, limits, first_block, step, index, seq_len, seen_by_all, places,
+            tile_tokens, tile_positions, cache, PAGE, BLOCK, QUERY, DTYPE, TILE_BLOCKS,
         )
-        key_rows = tile_pointers(
-            cache.key, places, index, tile_tokens, PAGE.KEY_STRIDE, BLOCK, TILE
-        )
-        key = load_rows(key_rows, columns, exists, not PAGE.WHOLE_PAGES, PAGE).to(DTYPE)
-        scores = dot_query(key, query, QUERY)
-        scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
-        if block * BLOCK_SIZE + last_row > seen_by_all:
-            scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
         largest = tl.maximum(largest, scores)
         above = (scores >= threshold[None, :]).to(tl.int32)
         above = tl.max(tl.reshape(above, (RUNS, TILE_BLOCKS, 16 * ROWS_PADDED)), axis=2)

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..cache.paged_rows import load_rows, load_tile_exponents, tile_pointers, tile_scales
-from .query import dot_query
-from .scan import anchor_positions
+from .scan import anchor_scores, score_tile, tile_tokens_of
 
 LOG2_CHANCES: tl.constexpr = tl.constexpr(20)
 CHANCES: tl.constexpr = tl.constexpr(1 << 20)
@@ -27,12 +25,9 @@ def anchor_masses(
     """The largest base score of the first and last tokens, log2 units, and the sum of
     `exp2(score - largest)` over them, float32 `[ROWS_PADDED]` each.
 
-    `key, scales`: of `load_anchors`. See `weigh_blocks` for the other arguments.
+    See `anchor_scores` for the arguments.
     """
-    positions = anchor_positions(seq_len)
-    scores = dot_query(key.to(DTYPE), query, QUERY) * factor[None, :]
-    seen = (positions >= 0)[:, None] & (positions[:, None] < limits[None, :])
-    scores = tl.where(seen, scores * scales[:, None], float("-inf"))
+    scores = anchor_scores(query, factor, limits, seq_len, key, scales, QUERY, DTYPE)
     largest = tl.max(scores, axis=0)
     return largest, tl.sum(tl.exp2(scores - largest[None, :]), axis=0)
 
@@ -57,37 +52,18 @@ def weigh_blocks(
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     SPAN_SIZE: tl.constexpr = SPAN.BLOCK_SIZE
     TILE_SPANS: tl.constexpr = TUNING.TILE_BLOCKS
-    TILE: tl.constexpr = TILE_SPANS * SPAN_SIZE
     RUNS: tl.constexpr = BLOCK.BLOCK_SIZE // 16
     BLOCKS: tl.constexpr = SPAN_SIZE // BLOCK.BLOCK_SIZE
     SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * BLOCKS
-    HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
-    # as in `scan_blocks`: a warp gets 16 tokens of a span, and adds up its own blocks
-    tile_rows = tl.arange(0, TILE)
-    row_spans = tile_rows // 16 % TILE_SPANS
-    span_tokens = tile_rows // (16 * TILE_SPANS) * 16 + tile_rows % 16
-    tile_tokens = row_spans * SPAN_SIZE + span_tokens
-    tile_positions = row_spans * step * SPAN_SIZE + span_tokens
-    columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    tile_tokens, tile_positions = tile_tokens_of(step, SPAN, TILE_SPANS)
     rows = tl.arange(0, ROWS_PADDED)[None, None, :]
     tile_blocks = tl.arange(0, TILE_SPANS)[None, :] * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     masses_ptr += tile_blocks[:, :, None] + rows * SLOTS
-    last_row = ((TILE_SPANS - 1) * step + 1) * SPAN_SIZE
     for index in tl.range(0, num_spans, TILE_SPANS, num_stages=TUNING.SCAN_STAGES):
-        span = first_span + index * step
-        positions = span * SPAN_SIZE + tile_positions
-        exists = positions < seq_len
-        exponents = load_tile_exponents(
-            cache.key_exponent, places, index, tile_tokens, exists, SPAN, TILE
+        scores = score_tile(
+            query, limits, first_span, step, index, seq_len, seen_by_all, places,
+            tile_tokens, tile_positions, cache, PAGE, SPAN, QUERY, DTYPE, TILE_SPANS,
         )
-        key_rows = tile_pointers(
-            cache.key, places, index, tile_tokens, PAGE.KEY_STRIDE, SPAN, TILE
-        )
-        key = load_rows(key_rows, columns, exists, not PAGE.WHOLE_PAGES, PAGE).to(DTYPE)
-        scores = dot_query(key, query, QUERY)
-        scores *= tile_scales(exponents, tile_tokens, HAS_EXPONENT)[:, None]
-        if span * SPAN_SIZE + last_row > seen_by_all:
-            scores = tl.where(positions[:, None] < limits[None, :], scores, float("-inf"))
         masses = tl.exp2(scores * factor[None, :] - reference[None, :])
         masses = tl.reshape(masses, (BLOCKS, RUNS, TILE_SPANS, 16, ROWS_PADDED))
         masses = tl.sum(tl.sum(masses, axis=1), axis=2)
