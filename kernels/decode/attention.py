@@ -121,7 +121,7 @@ def decode_attention(
         "block_table_stride": block_table.stride(0),
         "query_start_loc_ptr": query_start_loc,
         "limit_ptr": limit,
-        "limit_stride": int(limit is not None and limit.shape[0] > 1),
+        "limit_stride": int(limit is not None and limit.shape[0] == num_reqs),
         "scale_log2": scale * math.log2(math.e),
         "PAGE": page_shape(planes),
         "QUERY": QueryShape(
