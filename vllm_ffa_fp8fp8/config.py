@@ -81,6 +81,16 @@ class FFAConfig:
     min_context: int = values.option(1024, values.count, "an integer >= 0 and < 2**31 (tokens)")
     """Requests with fewer tokens run unpruned."""
 
+    min_request_delta: float = values.option(
+        0.0, values.delta, "a number >= 0 (log2 units), or null to refuse any"
+    )
+    """The smallest delta that a request may choose for itself (`ffa_delta`)."""
+
+    max_request_tau: float = values.option(
+        1.0, values.largest_tau, "a number from 0 to 1 (a share of the softmax)"
+    )
+    """The largest tau that a request may choose for itself (`ffa_tau`), itself below 1."""
+
     record_skip_ratio: bool = values.option(False, values.flag, "true or false")
     """Count kept and total blocks on the device."""
 
@@ -123,6 +133,8 @@ class FFAConfig:
             if rule == self.rule:
                 options[name] = self.limit
         options["dense_layers"] = list(self.dense_layers)
+        if options["min_request_delta"] == math.inf:  # no JSON
+            options["min_request_delta"] = None
         return options
 
     @classmethod

@@ -38,6 +38,12 @@ def tau(value: object) -> float | None:
     raise ValueError
 
 
+def largest_tau(value: object) -> float:
+    if (is_int(value) or isinstance(value, float)) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError
+
+
 def block_size(value: object) -> int | None:
     if value is None or (is_int(value) and value in BLOCK_SIZES):
         return value

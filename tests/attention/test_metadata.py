@@ -40,6 +40,7 @@ def vllm_config(num_drafts=None, group=4, draft_group=None, dtype=torch.bfloat16
         layers["draft.layers.0"] = layer(draft_group)
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=dtype),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
         speculative_config=speculative,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         compilation_config=SimpleNamespace(static_forward_context=layers),

@@ -18,7 +18,9 @@ from vllm_ffa_fp8fp8.attention.geometry import (
     decode_query_len,
     pruning_block_size,
 )
+from vllm_ffa_fp8fp8.attention.limit_rows import LimitRows
 from vllm_ffa_fp8fp8.integration.refusals import OTHER_BACKEND, check_kv_cache_spec, refuse
+from vllm_ffa_fp8fp8.integration.request_limits import worker_limits
 from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan
 
 logger = init_logger(f"vllm.{__name__}")
@@ -61,7 +63,7 @@ class FFAFP8FP8Metadata(AttentionMetadata):
     seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
     block_table: torch.Tensor  # int32 [num_decodes, max_pages]
     block_size: int
-    limit: torch.Tensor | None  # float32 [1], delta or tau; None: nothing is pruned
+    limit: torch.Tensor | None  # float32 [num_decodes], delta or tau; None: nothing is pruned
     plan: DecodePlan | None  # None on the CPU and without decodes
     prefill: PrefillBatch | None
 
@@ -94,9 +96,10 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
                 page_size, PREFERRED_PAGE_SIZE, PREFERRED_PAGE_SIZE,
             )  # fmt: skip
         self.block_size = pruning_block_size(page_size, impl.config)
-        self.rule, self.limit = impl.config.rule, None
+        self.rule, self.limits = impl.config.rule, None
         if impl.config.prunes:
-            self.limit = torch.tensor([impl.config.limit], dtype=torch.float32, device=device)
+            most = vllm_config.scheduler_config.max_num_seqs
+            self.limits = LimitRows(impl.config.limit, most, device)
         self.plan = impl.ops.make_plan(self.block_size)
         for name in layer_names:
             impl = vllm_config.compilation_config.static_forward_context[name].impl
@@ -122,6 +125,9 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         else:
             num_decode_tokens = num_decodes  # padding requests of a graph have a row each
         seq_lens = common.seq_lens[:num_decodes]
+        limit = None
+        if self.limits is not None:
+            limit = self.limits.update(worker_limits.of_batch(common.req_idx))[:num_decodes]
         plan = None
         if self.plan is not None and num_decodes:
             plan = self.plan.update(seq_lens)
@@ -134,7 +140,7 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
             seq_lens=seq_lens,
             block_table=common.block_table_tensor[:num_decodes],
             block_size=self.block_size,
-            limit=self.limit,
+            limit=limit,
             plan=plan,
             prefill=_prefill_batch(common, num_decodes) if num_prefills else None,
         )

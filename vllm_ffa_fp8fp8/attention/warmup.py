@@ -85,8 +85,11 @@ def launch_all(impl, planes: KVPlanes) -> None:
     """Calls, with tensors on the meta device, everything that launches kernels in a step, for one
     batch of every kind."""
     max_tokens = impl.vllm_config.scheduler_config.max_num_batched_tokens
-    for limit in _limits(impl.config):
-        _launch_decode(impl, planes, limit)
+    config = impl.config
+    if config.prunes:
+        _launch_decode(impl, planes, prunes=True)
+    if config.dense_layers or not config.prunes:
+        _launch_decode(impl, planes, prunes=False)
     for num_tokens in token_counts(max_tokens):
         _launch_cache_write(impl, planes, num_tokens)
     key = _rows(impl, 16, impl.num_kv_heads)
@@ -104,18 +107,12 @@ def token_counts(max_tokens: int) -> Iterator[int]:
         power *= 2
 
 
-def _limits(config) -> Iterator[torch.Tensor | None]:
-    if config.prunes:
-        yield _empty(1, dtype=torch.float32)
-    if config.dense_layers or not config.prunes:
-        yield None
-
-
-def _launch_decode(impl, planes: KVPlanes, limit: torch.Tensor | None) -> None:
+def _launch_decode(impl, planes: KVPlanes, prunes: bool) -> None:
     block_size = pruning_block_size(planes.page_size, impl.config)
     limits = impl.ops.decode_limits(block_size)
     for num_reqs in limits.batch_classes():
         seq_lens = _empty(num_reqs, dtype=torch.int32)
+        limit = _empty(num_reqs, dtype=torch.float32) if prunes else None
         plan = DecodePlan.allocate(limits, META).update(seq_lens)
         for query_len in {1, decode_query_len(impl.vllm_config)}:
             query = _rows(impl, num_reqs * query_len, impl.num_heads)

@@ -31,11 +31,11 @@ class BenchWorkerExtension(WorkerExtension):
             for groups in self.model_runner.attn_groups
             for group in groups
             for builder in group.metadata_builders
-            if isinstance(builder, FFAFP8FP8MetadataBuilder) and builder.limit is not None
+            if isinstance(builder, FFAFP8FP8MetadataBuilder) and builder.limits is not None
         ]
         for builder in builders:
-            builder.limit.fill_(limit_of(builder.rule))
-            builder.limit.tolist()  # waits for it
+            builder.limits.tensor.fill_(limit_of(builder.rule))
+            builder.limits.tensor.tolist()  # waits for it
         return len(builders)
 
     def ffa_backend_names(self) -> str:
