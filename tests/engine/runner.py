@@ -1,7 +1,8 @@
 """Runs one engine in a process of its own: `python runner.py JOB RESULT`, two JSON files.
 
-Job: `llm` (arguments of `LLM`), `batches` (lists of prompts, each a text or token ids, submitted
-together) and `sampling` (arguments of `SamplingParams`). Result: `batches` (lists of answers),
+Job: `llm` (arguments of `LLM`), `batches` (lists of prompts, each a text, token ids or, with
+`extra_args` of its own, a mapping that has it as `prompt`, submitted together) and `sampling`
+(arguments of `SamplingParams`). Result: `batches` (lists of answers),
 `skips` (one count a batch, empty where nothing counts), `decode_query_lens` (of the steps of
 FFA_FP8FP8 that decode), `decode_steps` (of the same steps the query tokens of each decode, and of
 each prefill beside them) and `facts` about the worker.
@@ -19,11 +20,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(**job["llm"])
     query_lens, steps = record_decodes()
     llm.collective_rpc(count_projections)
-    sampling = SamplingParams(temperature=0, logprobs=4, **job["sampling"])
     options = job["llm"].get("additional_config", {}).get("ffa_fp8fp8", {})
     counts_skips = options.get("record_skip_ratio", False)
     batches, skips = [], []
     for prompts in job["batches"]:
+        sampling = [
+            SamplingParams(
+                temperature=0, logprobs=4, extra_args=extra_args_of(prompt), **job["sampling"]
+            )
+            for prompt in prompts
+        ]
         outputs = llm.generate(list(map(as_prompt, prompts)), sampling, use_tqdm=False)
         batches.append(list(map(as_answer, outputs)))
         if counts_skips:
@@ -81,7 +87,13 @@ def count_projections(worker: Any) -> None:
                 setattr(ops, name, counted(original, name))
 
 
-def as_prompt(prompt: str | list[int]) -> Any:
+def extra_args_of(prompt: Any) -> dict[str, Any] | None:
+    return prompt["extra_args"] if isinstance(prompt, dict) else None
+
+
+def as_prompt(prompt: str | list[int] | dict[str, Any]) -> Any:
+    if isinstance(prompt, dict):
+        prompt = prompt["prompt"]
     return prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
 
 
@@ -107,9 +119,10 @@ def worker_facts(worker: Any) -> dict[str, Any]:
         for layer in compilation.static_forward_context.values()
         if hasattr(layer, "get_attn_backend")
     ]
+    caches = [layer.kv_cache for layer in layers]  # a tuple of states where attention is linear
     facts = {
         "backends": sorted({layer.get_attn_backend().get_name() for layer in layers}),
-        "page_shape": list(layers[0].kv_cache.shape),
+        "page_shape": list(next(c.shape for c in caches if hasattr(c, "shape"))),
         "plugin_is_loaded": "vllm_ffa_fp8fp8.plugin" in sys.modules,
         "model_runner": type(worker.model_runner).__module__,
         "enforce_eager": worker.vllm_config.model_config.enforce_eager,
