@@ -108,7 +108,7 @@ def make_fused(engine: Engine, impl) -> FusedQKV:
     largest = 0
     if engine.fused_path == FROM_HIDDEN_STATES:
         largest = impl.ops.largest_projected_batch(HIDDEN_SIZE)
-    return FusedQKV(attention, heads, HIDDEN_SIZE, largest)
+    return FusedQKV(attention, heads, HIDDEN_SIZE, largest, places=None)
 
 
 def cut(*shape: int, dtype: torch.dtype) -> torch.Tensor:

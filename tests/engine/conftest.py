@@ -1,5 +1,7 @@
 """One engine for each way of running it, started when a test first asks for it."""
 
+from collections.abc import Iterator
+
 import pytest
 from jobs import (
     ANSWER,
@@ -49,3 +51,17 @@ def fast_run() -> Run:
 @pytest.fixture(scope="session")
 def exact_gpu_run() -> Run:
     return run_ours(mixed_batches_gpu(), CONTINUE, {"preset": "exact"}, **GPU)
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory) -> Iterator[None]:
+    """What attention modules need of vLLM in this process."""
+    from attention_modules import make_config
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+    with set_current_vllm_config(make_config()):
+        store = tmp_path_factory.mktemp("store") / "file"
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield

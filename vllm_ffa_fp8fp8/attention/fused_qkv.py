@@ -1,7 +1,7 @@
 """From an attention module's hidden states to its attention in one operator: projection, norms,
 rotation and cache write come before vLLM's attention as one kernel, or two."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.library import Library
@@ -9,6 +9,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
+from vllm_ffa_fp8fp8.attention.weight_places import WeightPlaces
 from vllm_ffa_fp8fp8.integration import compat, patches
 from vllm_ffa_fp8fp8.kernels.projection.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.registry import FUSED_ATTENTION_OP
@@ -29,12 +30,20 @@ class FusedQKV:
         heads: what happens to q, k and v.
         hidden_size: elements of a hidden state.
         largest_projected_batch: tokens up to which the projection is part of the kernel.
+        places: where what the operator reads of the module lies.
     """
 
     attention: torch.nn.Module
     heads: QKVHeads
     hidden_size: int
     largest_projected_batch: int
+    places: WeightPlaces
+
+    def heads_now(self) -> QKVHeads:
+        """`heads`, with the norms and the rotation that the module has now."""
+        if self.places.have_moved():
+            self.heads = replace(self.heads, **_head_tensors(self.attention))
+        return self.heads
 
     @property
     def starts_projected(self) -> bool:
@@ -60,15 +69,17 @@ def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
     if problem:
         logger.info_once("fused_kproj: off for %s: %s.", name, problem)
         return None
+    if too_short := _too_short_for(attention, vllm_config.model_config.max_model_len):
+        logger.warning_once("fused_kproj: off for %s: %s.", name, too_short)
+        return None
     norms = compat.head_norms(attention)
     heads = QKVHeads(
         impl.num_heads,
         impl.num_kv_heads,
         impl.head_size,
-        attention.rotary_emb.cos_sin_cache,
-        attention.rotary_emb.is_neox_style,
-        *(norm.weight.data for norm in norms or ()),
-        **({"epsilon": norms[0].variance_epsilon} if norms else {}),
+        is_neox_style=attention.rotary_emb.is_neox_style,
+        epsilon=norms[0].variance_epsilon if norms else 0.0,
+        **_head_tensors(attention),
     )
     linear = attention.qkv_proj
     problem = compat.projection_problem(linear, vllm_config)
@@ -83,7 +94,38 @@ def fuse(impl, attention: torch.nn.Module, vllm_config) -> FusedQKV | None:
     attention.fused_path = FROM_PROJECTIONS if problem else FROM_HIDDEN_STATES
     patches.split_graphs_at_fused_attention(vllm_config.compilation_config)
     patches.fuse_forward(_class_of_forward(attention), fused_forward)
-    return FusedQKV(attention, heads, linear.input_size, largest)
+    places = WeightPlaces(_tensors_of_operator(attention), vllm_config)
+    return FusedQKV(attention, heads, linear.input_size, largest, places)
+
+
+def _too_short_for(attention: torch.nn.Module, max_model_len: int) -> str | None:
+    """Why the table of rotations does not reach the last position that a request can have, or
+    None. vLLM's own rotation reads on behind its end, and so its answers are kept."""
+    rows = attention.rotary_emb.cos_sin_cache.shape[0]
+    if rows >= max_model_len:
+        return None
+    return (
+        f"its rotary table has {rows} positions and max_model_len is {max_model_len}; what vLLM's "
+        f"rotation gives beyond the table is undefined; set --max-model-len to {rows} or less"
+    )
+
+
+def _head_tensors(attention: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of QKVHeads, by its names for them."""
+    tensors = {"cos_sin_cache": attention.rotary_emb.cos_sin_cache}
+    if norms := compat.head_norms(attention):
+        tensors |= {"query_norm": norms[0].weight.data, "key_norm": norms[1].weight.data}
+    return tensors
+
+
+def _tensors_of_operator(attention: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """What the operator reads of the module, but for a projection that runs before it."""
+    tensors = [(attention.rotary_emb, "cos_sin_cache")]
+    tensors += [(norm, "weight") for norm in compat.head_norms(attention) or ()]
+    if attention.fused_path == FROM_HIDDEN_STATES:
+        linear = attention.qkv_proj
+        tensors += [(linear, name) for name, _ in linear.named_parameters(recurse=False)]
+    return tensors
 
 
 def _offloaded(attention: torch.nn.Module) -> str | None:
@@ -130,7 +172,7 @@ def fused_attention(
     num_heads * head_size]`, and the new keys and values to the cache first."""
     metadata, layer, kv_cache, slot_mapping = compat.attention_context(layer_name)
     impl = layer.impl
-    fused, heads, num_tokens = impl.fused_qkv, impl.fused_qkv.heads, x.shape[0]
+    fused, heads, num_tokens = impl.fused_qkv, impl.fused_qkv.heads_now(), x.shape[0]
     planes = impl.planes(kv_cache) if slot_mapping is not None else None
     if is_projected:
         # x belongs to the graph: it is not to be changed
