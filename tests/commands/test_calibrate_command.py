@@ -54,7 +54,7 @@ def told(capsys, text, *arguments):
             ["--kl", "0.01", "--setting", "delta=4", "--rule", "share"],
             "belongs to rule 'threshold'",
         ),
-        (["--kl", "0.01", "--engine-args", "model=x"], "sets that itself"),
+        (["--kl", "0.01", "--engine-args", "model=x"], "model: calibrate sets that itself"),
         (["--kl", "0.01", "--text", "none.txt"], "none.txt cannot be read"),
         (["--kl", "0.01", "--model", "FOLDER"], "is neither a model's folder nor a model"),
     ],

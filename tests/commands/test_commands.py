@@ -1,9 +1,13 @@
 """The names of commands and what they say of themselves."""
 
+import subprocess
+import sys
+
 import pytest
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.commands import cli
+from vllm_ffa_fp8fp8.commands.engine_options import run_with_engines
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,31 @@ def test_unknown_commands_are_told(capsys, arguments):
         cli.main(arguments)
     assert ended.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quality", "--help"], ["bench", "--help"]])
+def test_help_needs_neither_torch_nor_vllm(arguments):
+    code = (
+        "import sys\nfrom vllm_ffa_fp8fp8.commands import cli\n"
+        f"try: cli.main({arguments})\n"
+        "except SystemExit: print({'torch', 'vllm', 'triton'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout.splitlines()[-1:] == ["set()"], answer.stderr
+
+
+def stop() -> int:
+    raise KeyboardInterrupt
+
+
+def refuse() -> int:
+    raise ValueError("that cannot be")
+
+
+@pytest.mark.parametrize(
+    "work, code, says",
+    [(lambda: 0, 0, ""), (refuse, 2, "that cannot be\n"), (stop, 130, "Stopped. All is lost.\n")],
+)
+def test_how_commands_with_engines_end(capsys, work, code, says):
+    assert run_with_engines(work, lambda: "All is lost.") == code
+    assert capsys.readouterr().out == says

@@ -7,6 +7,7 @@ import pytest
 
 from vllm_ffa_fp8fp8.attention.stats import SUMS
 from vllm_ffa_fp8fp8.commands import cli, quality
+from vllm_ffa_fp8fp8.commands.engine_options import engine_arguments
 
 MODEL = str(Path(__file__).parents[1] / "assets" / "recall-9m")
 
@@ -66,7 +67,7 @@ def test_a_text_longer_than_the_model_is_refused(monkeypatch, capsys, tmp_path):
 
 def test_engine_arguments():
     pairs = ["--tensor-parallel-size=2", "dtype=float16", "hf_overrides={head_dtype: float32}"]
-    assert quality.engine_arguments(pairs) == {
+    assert engine_arguments(pairs, "quality") == {
         "tensor_parallel_size": 2,
         "dtype": "float16",
         "hf_overrides": {"head_dtype": "float32"},

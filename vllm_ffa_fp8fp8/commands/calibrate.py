@@ -17,14 +17,14 @@ from vllm_ffa_fp8fp8.bench.quality.search import SCALES, Scale, Wish
 from vllm_ffa_fp8fp8.bench.quality.windows import cut_windows
 from vllm_ffa_fp8fp8.bench.recording.prompts import read_prompts
 from vllm_ffa_fp8fp8.bench.report import console
-from vllm_ffa_fp8fp8.commands.engine_process import watch
-from vllm_ffa_fp8fp8.commands.quality import (
-    check_lengths,
+from vllm_ffa_fp8fp8.commands.engine_options import (
+    add_engine_arguments,
     check_path,
     engine_arguments,
-    head,
-    load_tokenizer,
+    run_with_engines,
 )
+from vllm_ffa_fp8fp8.commands.engine_process import watch
+from vllm_ffa_fp8fp8.commands.quality import check_lengths, head, load_tokenizer
 from vllm_ffa_fp8fp8.config import DEFAULT_PRESET
 from vllm_ffa_fp8fp8.option_values import RULES
 from vllm_ffa_fp8fp8.settings import Setting, parse_setting
@@ -67,10 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--last", type=int, default=64, metavar="N",
         help="tokens at the end of each window that are decoded and judged (default: %(default)s)",
     )  # fmt: skip
-    add(
-        "--engine-args", nargs="+", default=[], metavar="KEY=VALUE",
-        help="more arguments of vLLM's LLM, for all engines: tensor_parallel_size=2",
-    )  # fmt: skip
+    add_engine_arguments(parser)
     add(
         "--out", type=Path, metavar="FILE.yaml",
         help="keep the options that were found, for FFA_FP8FP8_CONFIG=FILE.yaml",
@@ -79,27 +76,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    screen = console()
-    if environment.vllm_version() is None:
-        print(environment.NO_VLLM)
-        return 1
-    try:
-        wish = wish_of(options)
-        base = base_setting(options)
-        windows = read_windows(options)
-        check_lengths(options, [base], windows)
-        if options.out is not None and options.out.suffix not in (".yaml", ".yml"):
-            raise ValueError(f"--out {options.out}: options are read from files named .yaml")
-        check_path(options.out, "--out")
-        check_path(options.json)
-        arguments = {"enforce_eager": True} | engine_arguments(options.engine_args)
-        return calibrate(screen, options, wish, base, windows, {"model": options.model} | arguments)
-    except ValueError as error:
-        print(error)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped.")
-        return 130
+    return run_with_engines(lambda: check_and_calibrate(options))
+
+
+def check_and_calibrate(options: argparse.Namespace) -> int:
+    """Raises ValueError for what the user can mend."""
+    wish = wish_of(options)
+    base = base_setting(options)
+    windows = read_windows(options)
+    check_lengths(options, [base], windows)
+    if options.out is not None and options.out.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--out {options.out}: options are read from files named .yaml")
+    check_path(options.out, "--out")
+    check_path(options.json)
+    llm = {"model": options.model, "enforce_eager": True}
+    llm |= engine_arguments(options.engine_args, "calibrate")
+    return calibrate(console(), options, wish, base, windows, llm)
 
 
 def wish_of(options: argparse.Namespace) -> Wish:

@@ -12,11 +12,16 @@ from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FP8_CACHE
 from vllm_ffa_fp8fp8.bench.report import console
 from vllm_ffa_fp8fp8.commands.demo_engine import arguments_of
 from vllm_ffa_fp8fp8.commands.demo_model import MODEL, max_positions, model_folder
+from vllm_ffa_fp8fp8.commands.engine_options import (
+    add_engine_arguments,
+    check_path,
+    engine_arguments,
+    run_with_engines,
+)
 from vllm_ffa_fp8fp8.commands.engine_process import watch
 from vllm_ffa_fp8fp8.commands.eval_engine import evaluate
 from vllm_ffa_fp8fp8.commands.eval_report import entries, show, unpruned
 from vllm_ffa_fp8fp8.commands.eval_tasks import ANSWER_ROOM, fitting_lengths
-from vllm_ffa_fp8fp8.commands.quality import check_path, engine_arguments
 from vllm_ffa_fp8fp8.config import preset_names
 from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, parse_setting, settings_of
 
@@ -50,31 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, metavar="N",
         help=f"documents of each task and length (default: all, on the CPU {CPU_LIMIT})",
     )  # fmt: skip
-    add(
-        "--engine-args", nargs="+", default=[], metavar="KEY=VALUE",
-        help="more arguments of vLLM's LLM, for all engines: tensor_parallel_size=2",
-    )  # fmt: skip
+    add_engine_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="keep the figures")
 
 
 def run(options: argparse.Namespace) -> int:
-    if environment.vllm_version() is None:
-        print(environment.NO_VLLM)
-        return 1
+    return run_with_engines(lambda: check_and_compare(options))
+
+
+def check_and_compare(options: argparse.Namespace) -> int:
+    """Raises ValueError for what the user can mend."""
     if environment.version_of("lm-eval") is None:
         print(f"eval runs tasks of lm-eval: {environment.install_command('eval')}")
         return 1
-    try:
-        settings = eval_settings(options)
-        job = make_job(options, settings)
-        check_path(options.json)
-        return compare(options, settings, job)
-    except ValueError as error:
-        print(error)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped.")
-        return 130
+    settings = eval_settings(options)
+    job = make_job(options, settings)
+    check_path(options.json)
+    return compare(options, settings, job)
 
 
 def eval_settings(options: argparse.Namespace) -> list[Setting]:
@@ -107,7 +104,7 @@ def make_job(options: argparse.Namespace, settings: list[Setting]) -> dict[str, 
         "seed": 0,
     }
     return {
-        "llm": own | engine_arguments(options.engine_args),
+        "llm": own | engine_arguments(options.engine_args, "eval"),
         "parts": [(task, length) for task in dict.fromkeys(tasks) for length in lengths],
         "limit": limit,
     }

@@ -3,27 +3,24 @@
 import argparse
 import platform
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vllm_ffa_fp8fp8 import environment
-from vllm_ffa_fp8fp8.bench.files import make_folder
 from vllm_ffa_fp8fp8.bench.quality.plan import COPIES, Texts, plan_engines
 from vllm_ffa_fp8fp8.bench.quality.report import Report
 from vllm_ffa_fp8fp8.bench.recording.prompts import cut_prompts, read_prompts
 from vllm_ffa_fp8fp8.bench.report import console
+from vllm_ffa_fp8fp8.commands.engine_options import (
+    add_engine_arguments,
+    check_path,
+    engine_arguments,
+    run_with_engines,
+)
 from vllm_ffa_fp8fp8.commands.engine_process import watch
-from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, parse_value, settings_of
-
-OWN_ARGUMENTS = (
-    "model", "attention_backend", "kv_cache_dtype", "additional_config", "worker_extension_cls",
-    "logits_processors", "speculative_config", "enable_prefix_caching", "max_num_seqs",
-    "max_model_len", "async_scheduling", "skip_tokenizer_init",
-)  # fmt: skip
-"""Arguments of LLM that are not the user's here."""
+from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, settings_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--floor", action="store_true",
         help=f"also show the default backend's own rounding: itself in a batch of {COPIES}",
     )  # fmt: skip
-    add(
-        "--engine-args", nargs="+", default=[], metavar="KEY=VALUE",
-        help="more arguments of vLLM's LLM, for all engines: tensor_parallel_size=2",
-    )  # fmt: skip
+    add_engine_arguments(parser)
     add(
         "--json", type=Path, metavar="FILE",
         help="keep the figures; with several --tokens a file for each, FILE-N",
@@ -59,23 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    screen = console()
-    if environment.vllm_version() is None:
-        print(environment.NO_VLLM)
-        return 1
-    try:
-        settings = settings_of(options)
-        texts = read_texts(options)
-        check_lengths(options, settings, texts)
-        arguments = engine_arguments(options.engine_args)
-        check_path(options.json)
-        return judge(screen, options, settings, texts, {"model": options.model} | arguments)
-    except ValueError as error:
-        print(error)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped.")
-        return 130
+    return run_with_engines(lambda: compare(options))
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Raises ValueError for what the user can mend."""
+    settings = settings_of(options)
+    texts = read_texts(options)
+    check_lengths(options, settings, texts)
+    arguments = engine_arguments(options.engine_args, "quality")
+    check_path(options.json)
+    return judge(console(), options, settings, texts, {"model": options.model} | arguments)
 
 
 def read_texts(options: argparse.Namespace) -> Texts:
@@ -131,33 +119,6 @@ def check_lengths(options: argparse.Namespace, settings: list[Setting], texts: T
                     f"begin after {shortest:,}, and min_context is {config.min_context:,}. Give a "
                     f"longer text, or a setting such as --setting {setting.name},min_context=0"
                 )
-
-
-def check_path(path: Path | None, argument: str = "--json") -> None:
-    """Raises ValueError where the figures could not be kept at the end."""
-    if path is None:
-        return
-    make_folder(path.parent)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: {argument} takes a file")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def engine_arguments(pairs: Iterable[str]) -> dict[str, Any]:
-    """Raises ValueError."""
-    arguments = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        key = key.strip("- ").replace("-", "_")
-        if not (key and equals):
-            raise ValueError(f"--engine-args are KEY=VALUE, such as dtype=float16, not {pair!r}")
-        if key in OWN_ARGUMENTS:
-            raise ValueError(f"--engine-args {key}: quality sets that itself")
-        arguments[key] = parse_value(value)
-    return arguments
 
 
 def judge(

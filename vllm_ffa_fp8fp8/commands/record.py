@@ -9,10 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from vllm_ffa_fp8fp8 import environment
-from vllm_ffa_fp8fp8.bench.recording.engine import HIDDEN, record_layers
-from vllm_ffa_fp8fp8.bench.recording.prompts import read_prompts
-from vllm_ffa_fp8fp8.bench.recording.store import Recording
+from vllm_ffa_fp8fp8.bench.recording.prompts import HIDDEN, read_prompts
+from vllm_ffa_fp8fp8.commands.engine_options import run_with_engines
 from vllm_ffa_fp8fp8.commands.engine_process import run_engine
 
 
@@ -56,19 +54,13 @@ def layer_list(text: str) -> list[int] | None:
 
 
 def run(options: argparse.Namespace) -> int:
+    return run_with_engines(lambda: record(options), lambda: what_is_kept(options.out))
+
+
+def record(options: argparse.Namespace) -> int:
+    """Raises ValueError for what the user can mend."""
     console = Console(highlight=False)
-    if environment.vllm_version() is None:
-        print(environment.NO_VLLM)
-        return 1
-    try:
-        job = make_job(options)
-        result = watch(console, job)
-    except ValueError as error:
-        tell(console, str(error))
-        return 2
-    except KeyboardInterrupt:
-        tell(console, f"Stopped. {what_is_kept(options.out)}")
-        return 130
+    result = watch(console, make_job(options))
     if result is None:
         tell(console, what_is_kept(options.out))
         return 1
@@ -97,6 +89,8 @@ def make_job(options: argparse.Namespace) -> dict[str, Any]:
 def watch(console: Console, job: dict[str, Any]) -> dict[str, Any] | None:
     """Runs the job in a process of its own and shows how far it is; its log only if it fails.
     Raises ValueError for what the user can mend."""
+    from vllm_ffa_fp8fp8.bench.recording.engine import record_layers
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "vllm.log")
@@ -124,6 +118,8 @@ def watch(console: Console, job: dict[str, Any]) -> dict[str, Any] | None:
 
 def what_is_kept(folder: Path) -> str:
     """Also removes what was being written."""
+    from vllm_ffa_fp8fp8.bench.recording.store import Recording
+
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
     try:

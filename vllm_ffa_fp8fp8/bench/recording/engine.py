@@ -13,7 +13,6 @@ from vllm_ffa_fp8fp8.bench.recording.store import Header, Recording
 EXTENSION = "vllm_ffa_fp8fp8.bench.recording.worker.RecordingExtension"
 HELD_BYTES = 8 << 30
 """Host memory for what a pass over the prompts records; more layers than fit take more passes."""
-HIDDEN = ("steps", "all", "none")
 
 
 def record_layers(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

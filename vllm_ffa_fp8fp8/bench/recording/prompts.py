@@ -4,6 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+HIDDEN = ("steps", "all", "none")
+"""Of which tokens hidden states are recorded."""
+
 
 def read_prompts(paths: Sequence[Path]) -> list[tuple[str, str]]:
     """Name and text of each prompt: a file's whole text, or each line of a .jsonl file, a JSON
