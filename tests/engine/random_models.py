@@ -1,6 +1,7 @@
 """Small models of other architectures with random weights, made on the spot."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from processes import MODEL
@@ -18,22 +19,60 @@ SHAPE = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen2": {"sliding_window": None},
+    "Qwen3": {"sliding_window": None},
+    "Mistral": {"sliding_window": None},
+    "Gemma3Text": {
+        "num_hidden_layers": 6,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 256,
+    },
+    "GptOss": {
+        "num_hidden_layers": 4,
+        "sliding_window": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "Qwen3Next": {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+    },
+    "Llama4Text": {
+        "num_hidden_layers": 4,
+        "intermediate_size_mlp": 1024,
+        "num_local_experts": 4,
+        "attention_chunk_size": 256,
+        "floor_scale": 256,
+    },
+}
+NORMS_ABOVE_ONE = ("Gemma3Text", "Qwen3Next")  # their weights are what exceeds 1
 
 
-def make_model(architecture: str, folder: Path, **shape: int) -> dict[str, str]:
-    """A checkpoint of "Qwen2", "Qwen3" or "Mistral" for the tokenizer of recall-9m, whose biases
-    and norms are random too, so that leaving one out shows; `shape` changes SHAPE.
+def make_model(architecture: str, folder: Path, **shape: Any) -> dict[str, str]:
+    """A checkpoint of one of SHAPES for the tokenizer of recall-9m, whose biases, norms and sinks
+    are random too, so that leaving one out shows; `shape` changes its shape.
 
     Returns the arguments of `LLM` that name it.
     """
     import transformers
 
     config_class = getattr(transformers, f"{architecture}Config")
-    shape = {"vocab_size": tokenizer().get_vocab_size(), "sliding_window": None} | SHAPE | shape
+    vocabulary = {"vocab_size": tokenizer().get_vocab_size()}
+    shape = vocabulary | SHAPE | SHAPES[architecture] | shape
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**shape))
+    middle = 0.0 if architecture in NORMS_ABOVE_ONE else 1.0
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.data.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3)
+            parameter.data.normal_(mean=middle if "norm" in name else 0.0, std=0.3)
     model.to(torch.bfloat16).save_pretrained(folder)
     return {"model": str(folder), "tokenizer": str(MODEL)}

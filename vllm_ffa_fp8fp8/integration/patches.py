@@ -9,6 +9,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8.integration.layer_kinds import (
+    LAYERS,
+    is_chosen,
+    is_ours,
+    leave_other_kinds_to_vllm,
+    say_what_runs,
+)
 from vllm_ffa_fp8fp8.option_values import RULES
 from vllm_ffa_fp8fp8.registry import BACKEND_NAME, FUSED_ATTENTION_OP, register_backend
 
@@ -19,6 +26,8 @@ def apply() -> None:
     make_backend_picklable()
     _once_loaded("vllm.engine.arg_utils", choose_and_check_backend)
     offer_backend_on_cpu()
+    _once_loaded(f"{LAYERS}.chunked_local_attention", leave_other_kinds_to_vllm)
+    say_what_runs()
 
 
 def make_backend_picklable() -> None:
@@ -63,7 +72,7 @@ def choose_and_check_backend() -> None:
     def create_engine_config(self, *args, **kwargs):
         with _chosen_by_environment(self):
             vllm_config = original(self, *args, **kwargs)
-        if _is_chosen(vllm_config):
+        if is_chosen(vllm_config):
             _check_and_freeze_options(vllm_config)
         return vllm_config
 
@@ -92,7 +101,7 @@ def offer_backend_on_cpu() -> None:
 
     @functools.wraps(original)
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
-        if not _is_ours(selected_backend):
+        if not is_ours(selected_backend):
             return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
         invalid_reasons = selected_backend.get_class().validate_configuration(
             device_capability=None, **attn_selector_config._asdict()
@@ -216,19 +225,6 @@ def _once_loaded(module_name: str, patch: Callable[[], None]) -> None:
             return spec
 
     sys.meta_path.insert(0, Finder)
-
-
-def _is_chosen(vllm_config) -> bool:
-    """Whether some layer, of the model or of one that drafts for it, is to have our backend."""
-    attention, drafts = vllm_config.attention_config, vllm_config.speculative_config
-    backends = [attention.backend, *attention.backend_per_kind.values()]
-    if drafts is not None:
-        backends.append(drafts.attention_backend)
-    return any(map(_is_ours, backends))
-
-
-def _is_ours(backend) -> bool:
-    return getattr(backend, "name", None) == BACKEND_NAME
 
 
 def _check_and_freeze_options(vllm_config) -> None:
