@@ -53,13 +53,22 @@ def run_engine(
 ) -> Run:
     """What an engine answers to `batches`; it and its worker are one process."""
     llm = {"model": str(MODEL), "seed": 0} | llm
+    job = {"llm": llm, "batches": batches, "sampling": sampling}
+    result, log = run_script(RUNNER, job, variables)
+    return Run(**result, log=log)
+
+
+def run_script(
+    script: Path, job: dict[str, Any], variables: dict[str, str] | None = None
+) -> tuple[dict[str, Any], str]:
+    """What `python script JOB RESULT` makes of a job, and its log; engines have no processes."""
     with tempfile.TemporaryDirectory() as folder:
-        job, result, log = (Path(folder, name) for name in ("job.json", "result.json", "log"))
-        job.write_text(json.dumps({"llm": llm, "batches": batches, "sampling": sampling}))
+        job_file, result, log = (Path(folder, name) for name in ("job.json", "result.json", "log"))
+        job_file.write_text(json.dumps(job))
         changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (variables or {})
         with log.open("wb") as output:
             process = subprocess.run(
-                [sys.executable, RUNNER, job, result],
+                [sys.executable, script, job_file, result],
                 env=environment(**changes),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -67,7 +76,7 @@ def run_engine(
             )
         text = log.read_text(errors="replace")
         assert process.returncode == 0, text[-8000:]
-        return Run(**json.loads(result.read_text()), log=text)
+        return json.loads(result.read_text()), text
 
 
 def run_ours(batches: list[list[Any]], sampling: dict[str, Any], options: dict, **llm: Any) -> Run:

@@ -67,7 +67,6 @@ REFUSED_LAYERS = [
         "batch invariance on the CPU",
         "unset VLLM_BATCH_INVARIANT",
     ),
-    ({"use_kv_connector": True}, "a KV connector", "drop --kv-transfer-config"),
     ({"use_pcp": True}, "PCP", "leave --prefill-context-parallel-size at 1"),
     ({"use_dcp": True}, "DCP", "leave --decode-context-parallel-size at 1"),
     ({"use_adaptive_verification": True}, "adaptive verification", "--speculative-config"),
@@ -219,6 +218,7 @@ def engine(
             method=method, attention_backend=backend[drafts], parallel_drafting=parallel
         ),
         use_v2_model_runner=v2,
+        kv_transfer_config=None,
     )
 
 

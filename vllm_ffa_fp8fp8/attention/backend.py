@@ -50,7 +50,7 @@ class FFAFP8FP8Backend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # those that carry bytes: `connector_problem`
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

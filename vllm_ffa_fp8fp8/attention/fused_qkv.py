@@ -7,6 +7,7 @@ import torch
 from torch.library import Library
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from vllm_ffa_fp8fp8.attention.weight_places import WeightPlaces
@@ -161,6 +162,7 @@ def fused_forward(
 
 
 @eager_break_during_capture  # graphs cut by functions are cut here, as others at the operator
+@maybe_transfer_kv_layer  # KV connectors, as around vLLM's own attention
 def fused_attention(
     x: torch.Tensor,
     positions: torch.Tensor,

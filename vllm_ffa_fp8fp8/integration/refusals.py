@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm_ffa_fp8fp8.integration.connectors import connector_problem
 from vllm_ffa_fp8fp8.registry import BACKEND_NAME
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -12,6 +13,10 @@ MAX_GROUP_SIZE = 16
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 OTHER_BACKEND = "choose another --attention-backend, e.g. FLASH_ATTN"
+OTHER_KIND = (
+    "name it with --attention-backend, which leaves layers of other kinds to vLLM's choice, or in "
+    'backend_per_kind for "full_attention" alone'
+)
 
 ATTENTION_TYPES = {
     "encoder": "encoder attention",
@@ -22,20 +27,19 @@ ATTENTION_TYPES = {
 # Flags of AttentionBackend.validate_configuration: what each asks for, and what to do.
 UNSUPPORTED_FLAGS = {
     "use_mla": ("MLA (multi-head latent attention)", OTHER_BACKEND),
-    "has_sink": ("attention with sinks", OTHER_BACKEND),
+    "has_sink": ("full attention with sinks", OTHER_BACKEND),
     "use_sparse": ("sparse attention", OTHER_BACKEND),
-    "use_mm_prefix": ("full attention over multimodal prefixes (mm_prefix)", OTHER_BACKEND),
+    "use_mm_prefix": (
+        "full attention over multimodal prefixes (mm_prefix)",
+        "serve text alone with --language-model-only, or " + OTHER_BACKEND,
+    ),
     "use_per_head_quant_scales": (
         "a checkpoint with per-head KV cache scales",
         "use a checkpoint without them, or " + OTHER_BACKEND,
     ),
-    "has_sliding_window": ("sliding window attention", OTHER_BACKEND),
+    "has_sliding_window": ("sliding window attention", OTHER_KIND),
     "use_rswa": ("R-SWA", OTHER_BACKEND),
     "use_non_causal": ("non-causal attention", OTHER_BACKEND),
-    "use_kv_connector": (
-        "a KV connector",
-        "its cache format is untested there; drop --kv-transfer-config, or " + OTHER_BACKEND,
-    ),
     "use_pcp": (
         "prefill context parallelism (PCP)",
         "leave --prefill-context-parallel-size at 1, or " + OTHER_BACKEND,
@@ -60,6 +64,7 @@ def refusal_reasons(
     device_capability: tuple[int, int] | None = None,
     attn_type: str = "decoder",
     use_batch_invariant: bool = False,
+    use_kv_connector: bool = False,  # `check_engine` knows which
     **flags: bool,
 ) -> list[str]:
     """Why this configuration of a layer cannot run, empty where it can.
@@ -131,6 +136,8 @@ def check_engine(vllm_config: Any) -> None:
     """ValueError for what `vllm_config` asks of the engine around the layers."""
     if vllm_config.parallel_config.use_ubatching:
         refuse("microbatches (dual-batch overlap)", f"drop --enable-dbo, or {OTHER_BACKEND}")
+    if problem := connector_problem(vllm_config):
+        refuse(*problem)
     speculative = vllm_config.speculative_config
     if speculative is None or not _drafts_are_ours(vllm_config):
         return
@@ -194,7 +201,7 @@ def check_impl_arguments(
     if alibi_slopes is not None:
         refuse("ALiBi (alibi_slopes)", OTHER_BACKEND)
     if sliding_window is not None:
-        refuse(f"sliding window attention ({sliding_window} tokens)", OTHER_BACKEND)
+        refuse(f"sliding window attention ({sliding_window} tokens)", OTHER_KIND)
     if logits_soft_cap:
         refuse(f"logits_soft_cap {logits_soft_cap}", OTHER_BACKEND)
     if attn_type != "decoder":
@@ -204,7 +211,7 @@ def check_impl_arguments(
             f"sharing the KV cache of another layer ({kv_sharing_target_layer_name})", OTHER_BACKEND
         )
     if extra_impl_args.pop("sinks", None) is not None:
-        refuse("attention with sinks", OTHER_BACKEND)
+        refuse("full attention with sinks", OTHER_BACKEND)
     if extra_impl_args.get("dual_chunk_attention_config") is not None:
         refuse("dual chunk attention", OTHER_BACKEND)
     for name, value in extra_impl_args.items():
@@ -219,9 +226,9 @@ def check_kv_cache_spec(spec: Any) -> None:
 
     # A window or chunk on a full-attention spec: the layer was demoted to full attention's cache.
     if getattr(spec, "sliding_window", None) is not None:
-        refuse(f"sliding window attention ({spec.sliding_window} tokens)", OTHER_BACKEND)
+        refuse(f"sliding window attention ({spec.sliding_window} tokens)", OTHER_KIND)
     if getattr(spec, "attention_chunk_size", None) is not None:
-        refuse(f"chunked local attention ({spec.attention_chunk_size} tokens)", OTHER_BACKEND)
+        refuse(f"chunked local attention ({spec.attention_chunk_size} tokens)", OTHER_KIND)
     if type(spec) is not FullAttentionSpec:
         refuse(f"the cache of {type(spec).__name__}", OTHER_BACKEND)
     if spec.head_size_v != spec.head_size:
