@@ -33,6 +33,10 @@ PLAIN_LAYER = dict(
     attn_type=AttentionType.DECODER,
 )
 
+OTHER_KIND = (
+    "name it .*--attention-backend, which leaves .* to vLLM's choice, or .*backend_per_kind"
+)
+
 REFUSED_LAYERS = [
     ({"head_size": 192}, "head_size 192", "64, 80, 96, 128, 256"),
     ({"dtype": torch.float32}, "dtype float32", "set --dtype to bfloat16 or float16"),
@@ -55,11 +59,15 @@ REFUSED_LAYERS = [
     ({"attn_type": "encoder_decoder"}, "cross attention", "FLASH_ATTN"),
     ({"attn_type": "tree"}, "attention type 'tree'", "FLASH_ATTN"),
     ({"use_mla": True}, "MLA", "FLASH_ATTN"),
-    ({"has_sink": True}, "sinks", "FLASH_ATTN"),
+    ({"has_sink": True}, "full attention with sinks", "FLASH_ATTN"),
     ({"use_sparse": True}, "sparse attention", "FLASH_ATTN"),
-    ({"use_mm_prefix": True}, "mm_prefix", "FLASH_ATTN"),
+    ({"use_mm_prefix": True}, "mm_prefix", "--language-model-only"),
     ({"use_per_head_quant_scales": True}, "per-head KV cache scales", "checkpoint without them"),
-    ({"has_sliding_window": True}, "sliding window attention", "FLASH_ATTN"),
+    (
+        {"has_sliding_window": True},
+        "sliding window attention",
+        "leaves layers of other kinds to vLLM",
+    ),
     ({"use_rswa": True}, "R-SWA", "FLASH_ATTN"),
     ({"use_non_causal": True}, "non-causal attention", "FLASH_ATTN"),
     (
@@ -76,7 +84,7 @@ REFUSED_LAYERS = [
 REFUSED_IMPL_ARGUMENTS = [
     ({"alibi_slopes": [0.5]}, "ALiBi", "FLASH_ATTN"),
     ({"logits_soft_cap": 30.0}, "logits_soft_cap 30.0", "FLASH_ATTN"),
-    ({"sliding_window": 4096}, r"sliding window attention \(4096 tokens\)", "FLASH_ATTN"),
+    ({"sliding_window": 4096}, r"sliding window attention \(4096 tokens\)", OTHER_KIND),
     ({"sinks": torch.zeros(8)}, "sinks", "FLASH_ATTN"),
     ({"attn_type": AttentionType.ENCODER_DECODER}, "cross attention", "FLASH_ATTN"),
     ({"kv_sharing_target_layer_name": "model.layers.3"}, "model.layers.3", "FLASH_ATTN"),
@@ -170,7 +178,8 @@ def test_supported_impl_arguments(num_heads, num_kv_heads):
 
 @pytest.mark.parametrize("spec, what", REFUSED_SPECS)
 def test_refused_cache_spec(spec, what):
-    with pytest.raises(ValueError, match=f"FFA_FP8FP8 does not support .*{what}.*FLASH_ATTN"):
+    advice = OTHER_KIND if "(" in what else "FLASH_ATTN"
+    with pytest.raises(ValueError, match=f"FFA_FP8FP8 does not support .*{what}.*{advice}"):
         refusals.check_kv_cache_spec(spec)
 
 
