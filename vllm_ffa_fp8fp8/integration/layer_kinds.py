@@ -90,10 +90,10 @@ def say_what_runs() -> None:
 def is_chosen(vllm_config: Any) -> bool:
     """Whether some layer, of the model or of one that drafts for it, is to have our backend."""
     drafts = vllm_config.speculative_config
-    return _is_named(vllm_config) or drafts is not None and is_ours(drafts.attention_backend)
+    return is_named(vllm_config) or drafts is not None and is_ours(drafts.attention_backend)
 
 
-def _is_named(vllm_config: Any) -> bool:
+def is_named(vllm_config: Any) -> bool:
     attention = vllm_config.attention_config
     return any(map(is_ours, (attention.backend, *attention.backend_per_kind.values())))
 
@@ -109,7 +109,7 @@ def _say_what_runs(vllm_config: Any) -> None:
     ours = {key: found for key, found in specs.items() if key[1] == BACKEND_NAME}
     others = {key: found for key, found in specs.items() if key not in ours}
     has_all_layers = vllm_config.parallel_config.pipeline_parallel_size == 1
-    if has_all_layers and _is_named(vllm_config):
+    if has_all_layers and is_named(vllm_config):
         check_full_attention([kind for kind, _ in specs])
     if not ours or not others:
         return

@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8 import envs
 from vllm_ffa_fp8fp8.integration.layer_kinds import (
     LAYERS,
     is_chosen,
+    is_named,
     is_ours,
     leave_other_kinds_to_vllm,
     say_what_runs,
@@ -74,6 +75,10 @@ def choose_and_check_backend() -> None:
             vllm_config = original(self, *args, **kwargs)
         if is_chosen(vllm_config):
             _check_and_freeze_options(vllm_config)
+        elif vllm_config.additional_config:
+            from vllm_ffa_fp8fp8.integration.start_checks import warn_about_unused_options
+
+            warn_about_unused_options(vllm_config.additional_config)
         return vllm_config
 
     create_engine_config.by_ffa_fp8fp8 = True
@@ -239,9 +244,12 @@ def _check_and_freeze_options(vllm_config) -> None:
         check_options,
         check_platform,
     )
+    from vllm_ffa_fp8fp8.integration.start_checks import check_model
 
     check_platform(current_platform)
     check_engine(vllm_config)
+    if is_named(vllm_config):  # for the model itself, not for drafts alone
+        check_model(vllm_config, current_platform.get_device_capability())
     options = FFAConfig.from_vllm_config(vllm_config)
     check_options(options, fp8_available())
     if envs.batch_invariant():
