@@ -94,6 +94,9 @@ class FFAConfig:
     record_skip_ratio: bool = values.option(False, values.flag, "true or false")
     """Count kept and total blocks on the device."""
 
+    metrics: bool = values.option(False, values.flag, "true or false")
+    """Count them, and show them at `/metrics` and in vLLM's log."""
+
     fused_kproj: str = values.option("auto", values.fused_kproj, "'auto', 'on' or 'off'")
     """Projection, rotation and cache write in one kernel: for the batches where that is measured
     to be fastest, for all that the kernel takes, or never."""
@@ -111,6 +114,11 @@ class FFAConfig:
     def prunes(self) -> bool:
         """Whether any block can be skipped at all."""
         return self.limit is not None
+
+    @property
+    def counts_blocks(self) -> bool:
+        """Whether decode counts what it keeps."""
+        return self.record_skip_ratio or self.metrics
 
     @property
     def limit(self) -> float | None:

@@ -4,6 +4,7 @@ import os
 
 ATTENTION_BACKEND_VARIABLE = "VLLM_ATTENTION_BACKEND"
 CONFIG_VARIABLE = "FFA_FP8FP8_CONFIG"
+METRICS_VARIABLE = "FFA_FP8FP8_METRICS_DIR"
 PLUGINS_VARIABLE = "VLLM_PLUGINS"
 
 
@@ -29,6 +30,16 @@ def compile_threads() -> int:
 def config() -> str | None:
     """A preset's name or the path of a YAML file, None where unset or empty."""
     return os.environ.get(CONFIG_VARIABLE) or None
+
+
+def metrics_directory() -> str | None:
+    """Where workers write their figures, which the process that starts them sets."""
+    return os.environ.get(METRICS_VARIABLE)
+
+
+def prometheus_directory() -> str | None:
+    """PROMETHEUS_MULTIPROC_DIR, which vLLM sets where there are several API servers."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 
 
 def plugins() -> list[str] | None:

@@ -38,6 +38,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if "speculative_config" in job["llm"]:
         accepted = "vllm:spec_decode_num_accepted_tokens"
         facts["accepted_tokens"] = sum(m.value for m in llm.get_metrics() if m.name == accepted)
+    if not job["llm"].get("disable_log_stats", True):
+        ours = [m for m in llm.get_metrics() if m.name.startswith("vllm:ffa_")]
+        facts["metrics"] = {metric.name: metric.value for metric in ours}
     return {
         "batches": batches,
         "skips": skips,

@@ -39,13 +39,18 @@ def check_projected_by_workers(run: Run) -> None:
 def test_two_workers_on_the_cpu():
     batches = recall_batches(QUESTION_LENGTHS, ASKED)
     variables = WORKERS | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    options, llm = {"preset": "balanced"}, CPU | {"tensor_parallel_size": 2}
+    options = {"preset": "balanced", "metrics": True}
+    llm = CPU | {"tensor_parallel_size": 2, "disable_log_stats": False}
     run = run_ours(batches, ANSWER, options, variables=variables, **llm)
     check_codes(run.batches[0], questions(QUESTION_LENGTHS[0], ASKED))
     assert run.facts["backends"] == ["FFA_FP8FP8"]
     assert run.facts["page_shape"][1] == 1  # KV heads of a worker
     assert run.skip_ratio(0) > 0.05
     check_projected_by_workers(run)
+    (one_worker,) = run.skips
+    kept, total = (run.facts["metrics"][f"vllm:ffa_{name}_blocks"] for name in ("kept", "total"))
+    assert total == 2 * one_worker["total_blocks"] > 0
+    assert 0 < kept - one_worker["kept_blocks"] < one_worker["total_blocks"]
 
 
 def run_on_one_and_two(batches, sampling, preset: str, **llm) -> tuple[Run, Run]:

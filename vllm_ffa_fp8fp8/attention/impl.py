@@ -60,7 +60,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.is_dense: bool | None = None
         self.layer_index = 0
         self.counters: torch.Tensor | None = None  # of `decode_attention`
-        if self.config.record_skip_ratio:
+        if self.config.counts_blocks:
             device = current_platform.device_type
             self.counters = new_counters(self.num_kv_heads, torch.device(device))
         self.fused_qkv: FusedQKV | None = None

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_ffa_fp8fp8.attention import worker_metrics
 from vllm_ffa_fp8fp8.attention.geometry import (
     PREFERRED_PAGE_SIZE,
     decode_query_len,
@@ -101,6 +102,8 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
             most = vllm_config.scheduler_config.max_num_seqs
             self.limits = LimitRows(impl.config.limit, most, device)
         self.plan = impl.ops.make_plan(self.block_size)
+        if impl.config.metrics:
+            worker_metrics.start(vllm_config, self.block_size)
         for name in layer_names:
             impl = vllm_config.compilation_config.static_forward_context[name].impl
             impl.ops.compile(impl.planes_to_be(page_size))
@@ -128,6 +131,7 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         limit = None
         if self.limits is not None:
             limit = self.limits.update(worker_limits.of_batch(common.req_idx))[:num_decodes]
+        worker_metrics.tick()
         plan = None
         if self.plan is not None and num_decodes:
             plan = self.plan.update(seq_lens)

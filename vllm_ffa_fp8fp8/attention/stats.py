@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_ffa_fp8fp8.attention import worker_metrics
 from vllm_ffa_fp8fp8.attention.geometry import named_impls
 from vllm_ffa_fp8fp8.kernels.counters import COUNTERS, SHARE_UNITS
 
@@ -41,6 +42,7 @@ class WorkerExtension:
                 "nothing was counted: set FFA_FP8FP8's option record_skip_ratio to true, as in "
                 """--additional-config '{"ffa_fp8fp8": {"record_skip_ratio": true}}'"""
             )
+        worker_metrics.flush()  # what is reset here goes on there
         layers = []
         for name, impl in impls.items():
             counters = impl.counters.cpu()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from vllm_ffa_fp8fp8 import envs
+from vllm_ffa_fp8fp8.integration import metric_files, serving_patches
 from vllm_ffa_fp8fp8.integration.layer_kinds import (
     LAYERS,
     is_chosen,
@@ -29,6 +30,7 @@ def apply() -> None:
     offer_backend_on_cpu()
     _once_loaded(f"{LAYERS}.chunked_local_attention", leave_other_kinds_to_vllm)
     say_what_runs()
+    serving_patches.apply(_once_loaded, is_chosen)
 
 
 def make_backend_picklable() -> None:
@@ -258,6 +260,8 @@ def _check_and_freeze_options(vllm_config) -> None:
     given = vllm_config.additional_config
     if isinstance(given, dict):
         vllm_config.additional_config = {**given, ADDITIONAL_CONFIG_KEY: options.to_dict()}
+    if options.metrics:
+        metric_files.share_directory()
     logger = init_logger(f"vllm.{__name__}")
     if misplaced := misplaced_options(given):
         logger.warning_once(

@@ -5,10 +5,12 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.option_values import RULES, is_int
+
+if TYPE_CHECKING:  # every vLLM process of this environment loads this module
+    from vllm_ffa_fp8fp8.config import FFAConfig
 
 PREFIX = "ffa_"
 REQUEST_KEYS = {rule: PREFIX + option for rule, option in RULES.items()}
@@ -52,15 +54,7 @@ worker_limits = RequestLimits()
 """Those of this process, which has one worker."""
 
 
-def apply(once_loaded: Callable[[str, Callable], None], is_chosen: Callable[[Any], bool]) -> None:
-    """Applies the patches below, when the modules that they change are loaded; `is_chosen` says
-    whether a VllmConfig has our backend."""
-    once_loaded("vllm.v1.engine.input_processor", functools.partial(check_requests, is_chosen))
-    once_loaded("vllm.v1.worker.gpu_model_runner", note_requests_v1)
-    once_loaded("vllm.v1.worker.gpu.model_runner", note_requests_v2)
-
-
-def check_request(extra_args: Mapping[str, Any] | None, config: FFAConfig) -> None:
+def check_request(extra_args: Mapping[str, Any] | None, config: "FFAConfig") -> None:
     """ValueError for what a request may not ask of an engine with such options."""
     for key, value in (extra_args or {}).items():
         if not (isinstance(key, str) and key.startswith(PREFIX)):
@@ -87,7 +81,10 @@ def check_requests(is_chosen: Callable[[Any], bool]) -> None:
     Symptom without it: a bad `ffa_delta` is ignored, or fails in the worker with all requests of
     its step. Can go when vLLM lets plugins validate `extra_args`.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_ffa_fp8fp8.config import FFAConfig
 
     original = InputProcessor.process_inputs
     if getattr(original, "by_ffa_fp8fp8", False):
@@ -100,57 +97,17 @@ def check_requests(is_chosen: Callable[[Any], bool]) -> None:
                 chosen = is_chosen(self.vllm_config)
                 self.ffa_config = FFAConfig.from_vllm_config(self.vllm_config) if chosen else None
             if self.ffa_config is not None:
-                check_request(extra_args, self.ffa_config)
+                try:
+                    check_request(extra_args, self.ffa_config)
+                except ValueError as error:  # of other kinds vLLM's server makes a 500
+                    raise VLLMValidationError(str(error), parameter="extra_args") from None
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     process_inputs.by_ffa_fp8fp8 = True
     InputProcessor.process_inputs = process_inputs
 
 
-def note_requests_v1() -> None:
-    """Wraps `_update_states` of the V1 model runner, after which a step's batch has its order.
-
-    Symptom without it: metadata builders do not see `extra_args`, and all requests get the
-    engine's delta. Can go when CommonAttentionMetadata has the requests' sampling parameters.
-    """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    def note(runner, scheduler_output) -> None:
-        worker_limits.note_v1(scheduler_output, runner.input_batch.req_ids)
-
-    _after(GPUModelRunner, "_update_states", note)
-
-
-def note_requests_v2() -> None:
-    """Wraps `add_requests` of the V2 model runner, after which new requests have their slots.
-
-    Symptom and end: as those of `note_requests_v1`.
-    """
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    def note(runner, scheduler_output) -> None:
-        worker_limits.note_v2(scheduler_output, runner.req_states.req_id_to_index)
-
-    _after(GPUModelRunner, "add_requests", note)
-
-
-def _after(runner_class: type, name: str, note: Callable[[Any, Any], None]) -> None:
-    """Has `note(runner, scheduler_output)` called after that method of the class."""
-    original = getattr(runner_class, name)
-    if getattr(original, "by_ffa_fp8fp8", False):
-        return
-
-    @functools.wraps(original)
-    def method(self, scheduler_output):
-        result = original(self, scheduler_output)
-        note(self, scheduler_output)
-        return result
-
-    method.by_ffa_fp8fp8 = True
-    setattr(runner_class, name, method)
-
-
-def _check_delta(value: Any, config: FFAConfig) -> None:
+def _check_delta(value: Any, config: "FFAConfig") -> None:
     least = config.min_request_delta
     if not _is_number(value) or not value >= least:
         raise ValueError(
@@ -162,7 +119,7 @@ def _check_delta(value: Any, config: FFAConfig) -> None:
         _refuse_without_limit("ffa_delta", "delta, such as 1000, that keeps everything")
 
 
-def _check_tau(value: Any, config: FFAConfig) -> None:
+def _check_tau(value: Any, config: "FFAConfig") -> None:
     most = config.max_request_tau
     if not _is_number(value) or not 0 <= value <= most or value >= 1:
         upper = "below 1" if most >= 1 else f"up to {most:g}, the option max_request_tau"

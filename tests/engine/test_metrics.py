@@ -1,0 +1,115 @@
+"""What a server shows of its requests at `/metrics`, and what it lets them choose."""
+
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from processes import Server, serve
+from prometheus_client.parser import text_string_to_metric_families
+from prompts import recall_prompts
+from vllm.platforms import current_platform
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build"),
+]
+
+OPTIONS = {"delta": 2.0, "metrics": True, "min_request_delta": 1.0}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    options = json.dumps({"ffa_fp8fp8": OPTIONS})
+    arguments = ("--enforce-eager", "--max-model-len", "4096", "--additional-config", options)
+    variables = {"VLLM_ATTENTION_BACKEND": "FFA_FP8FP8", "VLLM_LOG_STATS_INTERVAL": "1"}
+    with serve(*arguments, **variables) as server:
+        yield server
+
+
+def ask(server: Server, prompt: list[int], xargs: dict | None = None, **more) -> tuple[int, dict]:
+    """Status and body of the answer."""
+    body = {"model": "recall-9m", "prompt": prompt, "temperature": 0, "max_tokens": 4, **more}
+    body |= {} if xargs is None else {"vllm_xargs": xargs}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def series(server: Server) -> dict[str, float]:
+    """Our series at /metrics, less `vllm:ffa_`."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    ours = [s for s in samples if s.name.startswith("vllm:ffa_") and s.name.endswith("_total")]
+    assert {(s.labels["model_name"], s.labels["engine"]) for s in ours} <= {("recall-9m", "0")}
+    names = [s.name.removeprefix("vllm:ffa_").removesuffix("_total") for s in ours]
+    assert len(set(names)) == len(names)
+    return dict(zip(names, (s.value for s in ours), strict=True))
+
+
+def test_series_move_with_requests(server):
+    (long,) = recall_prompts(1500, 1)
+    before = series(server)
+    assert ask(server, long)[0] == 200
+    after = settled(server)
+    assert after["total_blocks"] > before.get("total_blocks", 0)
+    kept = after["kept_blocks"] / after["total_blocks"]
+    read = after["read_bytes"] / after["dense_bytes"]
+    assert 0 < kept < 0.9 and 0.25 < read < 0.9
+    assert after["short_requests"] == 0
+    assert ask(server, long[:40])[0] == 200
+    last = settled(server)
+    assert last["short_requests"] == 1
+    assert last["short_blocks"] > after["short_blocks"]
+    assert last["total_blocks"] == after["total_blocks"]
+
+
+def test_requests_choose_their_delta(server):
+    (long,) = recall_prompts(1600, 1)
+    kept = []
+    for delta in (1, 30.5):
+        before = settled(server)
+        status, answer = ask(server, long, {"ffa_delta": delta})
+        assert status == 200, answer
+        after = settled(server)
+        new = {name: after[name] - before.get(name, 0) for name in after}
+        kept.append(new["kept_blocks"] / new["total_blocks"])
+    assert kept[0] < 0.9 * kept[1]
+
+
+@pytest.mark.parametrize("xargs, said", [
+    ({"ffa_delta": "six"}, "'ffa_delta' = 'six' (str)"),
+    ({"ffa_delta": 0.5}, ">= 1"),
+    ({"ffa_delta": math.nan}, "'ffa_delta' = nan"),
+    ({"ffa_tau": 0.1}, "send 'ffa_delta' instead"),
+])  # fmt: skip
+def test_what_requests_may_not_choose_is_a_400(server, xargs, said):
+    status, answer = ask(server, [1, 2, 3], xargs)
+    assert status == 400 and said in json.dumps(answer), answer
+    assert ask(server, [1, 2, 3])[0] == 200
+
+
+def test_the_log_sums_up(server):
+    assert "Engine 000: FFA_FP8FP8 kept: " in server.log
+    assert "% of 16-bit dense" in server.log
+
+
+def settled(server: Server) -> dict[str, float]:
+    """The series once no worker adds to them: soon after the last request."""
+    import time
+
+    found, known = series(server), None
+    while found != known:
+        time.sleep(0.3)
+        found, known = series(server), found
+    return found
