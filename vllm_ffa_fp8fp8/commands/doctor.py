@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import yaml
 from rich.console import Console
@@ -14,13 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_ffa_fp8fp8 import environment, envs
+from vllm_ffa_fp8fp8.commands.doctor_model import examine_model
+from vllm_ffa_fp8fp8.commands.findings import COLORS, MISSING, OK, WARNING, Finding
 from vllm_ffa_fp8fp8.commands.repair import repair
 from vllm_ffa_fp8fp8.environment import GPU, MEASURED_STACKS, install_command
 from vllm_ffa_fp8fp8.integration.compat import SUPPORTED_VLLM, unsupported_vllm
 from vllm_ffa_fp8fp8.integration.refusals import MIN_COMPUTE_CAPABILITY
 
-OK, WARNING, MISSING = "ok", "warning", "missing"
-COLORS = {OK: "green", WARNING: "yellow", MISSING: "red"}
 ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_ffa_fp8fp8.plugin:register",
     "vllm.platform_plugins": "vllm_ffa_fp8fp8.plugin:register_early",
@@ -33,15 +33,13 @@ OTHER_TRITONS = {
 """What is known of a Triton that no measured stack has."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    subject: str
-    status: str
-    found: str
-    advice: str = ""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help="also say what would run each kind of this model's layers, what is refused and why, "
+        "and what its cache takes: the folder of a config.json, or the name of a model that was "
+        "downloaded",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     parser.add_argument(
         "--repair", action="store_true",
@@ -52,13 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table says what matters
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.repair:
         try:
             repair()
         except importlib.metadata.PackageNotFoundError:
             print("Nothing to repair: vLLM's CPU build is not installed here.")
             return 1
-    findings = list(examine())
+    findings = list(examine(options.model))
     missing = [finding.subject for finding in findings if finding.status == MISSING]
     if options.json:
         print(json.dumps({"ready": not missing, "findings": list(map(asdict, findings))}, indent=1))
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def examine() -> Iterator[Finding]:
+def examine(model: str | None = None) -> Iterator[Finding]:
     gpu = environment.find_gpu()
     parts = [*check_gpu(gpu), check_torch(gpu), check_triton(gpu), *check_vllm(gpu)]
     missing = [part for part in parts if part.status == MISSING]
@@ -80,6 +79,8 @@ def examine() -> Iterator[Finding]:
     yield blocked("decode", missing) if missing else Finding("decode", OK, decode_path(gpu))
     yield check_entry_points()
     yield check_options(gpu)
+    if model is not None and environment.vllm_version() is not None:
+        yield from examine_model(model, gpu.capability if uses_cuda(gpu) else None)
 
 
 def blocked(subject: str, missing: list[Finding]) -> Finding:
@@ -218,8 +219,16 @@ def check_entry_points() -> Finding:
             return Finding(subject, MISSING, found, install_again())
     allowed, variable = envs.plugins(), envs.PLUGINS_VARIABLE
     if allowed is not None and "ffa_fp8fp8" not in allowed:
-        advice = f"add ffa_fp8fp8 to {variable}, or unset it"
-        return Finding(subject, MISSING, f"{variable}={','.join(allowed)}", advice)
+        found = f"{variable}={','.join(allowed)}: vLLM loads no other plugin"
+        advice = (
+            f"add ffa_fp8fp8 to {variable}, or unset it; until then vLLM says `Unknown attention "
+            "backend` of FFA_FP8FP8"
+        )
+        return Finding(subject, MISSING, found, advice)
+    if len(copies := environment.copies()) > 1:
+        found = f"installed more than once: {', '.join(map(str, copies))}; the first is used"
+        advice = f"pip uninstall {environment.PROJECT} until none is left, then install it once"
+        return Finding(subject, WARNING, found, advice)
     return Finding(subject, OK, f"vllm-ffa-fp8fp8 {environment.version_of(environment.PROJECT)}")
 
 
