@@ -11,7 +11,7 @@ PACKAGE = "vllm_ffa_fp8fp8"
 ROOMS = (  # lower ones first; a room may import itself and those before it
     ("kernels",),
     ("configs",),
-    ("envs", "registry", "environment", "option_values", "config", "settings"),
+    ("envs", "registry", "environment", "option_values", "option_docs", "config", "settings"),
     ("integration",),
     ("attention",),
     ("bench",),

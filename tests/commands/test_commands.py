@@ -1,13 +1,16 @@
 """The names of commands and what they say of themselves."""
 
+import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.commands import cli
 from vllm_ffa_fp8fp8.commands.engine_options import run_with_engines
+from vllm_ffa_fp8fp8.config import FFAConfig
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,27 @@ def refuse() -> int:
 def test_how_commands_with_engines_end(capsys, work, code, says):
     assert run_with_engines(work, lambda: "All is lost.") == code
     assert capsys.readouterr().out == says
+
+
+def test_config_tells_every_option(capsys):
+    assert cli.main(["config", "--doc", "--json"]) == 0
+    described = {option["name"]: option for option in json.loads(capsys.readouterr().out)}
+    assert list(described) == [field.name for field in fields(FFAConfig)]
+    assert described["min_context"] == {
+        "name": "min_context",
+        "takes": "an integer >= 0 and < 2**31 (tokens)",
+        "default": "1024",
+        "unit": "tokens",
+        "meaning": "requests with fewer tokens are not pruned",
+    }
+    assert cli.main(["config", "--doc"]) == 0
+    assert "requests with" in capsys.readouterr().out
+
+
+def test_config_checks_a_setting(capsys, monkeypatch):
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
+    assert cli.main(["config"]) == 0 and "delta: 5.0" in capsys.readouterr().out
+    assert cli.main(["config", "exact", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["delta"] is None
+    assert cli.main(["config", "fast,min_contxt=3"]) == 2
+    assert "did you mean 'min_context'?" in capsys.readouterr().out

@@ -17,6 +17,7 @@ ALL_BENCHMARKS = (
 )
 COMMANDS = {
     "doctor": "say what this machine has, which path would run, and what is missing",
+    "config": "say what each option is for, and check and show the options in force",
     "demo": "ask for codes hidden in a long file, with FFA_FP8FP8 and with vLLM's default backend",
     "eval": "score a model's answers with settings of FFA_FP8FP8 and without, by tasks of lm-eval",
     "record": "save what a model's attention layers see on your prompts, for `bench layers`",
