@@ -56,11 +56,13 @@ def test_series_are_what_was_counted(tmp_path):
     assert totals(tmp_path) == expected
     metrics.flush()
     assert totals(tmp_path) == expected  # each count once
-    first.zero_()  # as ffa_skip_stats does
-    first[1, :2] = torch.tensor((1, 1))
-    second[1, :2] += 1
+    second[1] += 1
+    metrics.flush(resets=True)
+    for counters in (first, second):
+        counters.zero_()  # as ffa_skip_stats does
+    first[0] = torch.tensor(ROW) + 5
     metrics.flush()
-    assert totals(tmp_path)["total_blocks"] == 22
+    assert totals(tmp_path)["total_blocks"] == 21 + 15
 
 
 def test_by_threshold_no_mass_is_shown(tmp_path):

@@ -22,6 +22,7 @@ class LimitRows:
             rows = [self.limit if limit is None else limit for limit in asked]
             rows += [self.limit] * (len(self.tensor) - len(rows))
             # a new one each time, which PyTorch keeps until it is copied
-            host = torch.tensor(rows, dtype=torch.float32, pin_memory=self.tensor.is_cuda)
+            pinned = {"device": "cpu", "pin_memory": self.tensor.is_cuda}
+            host = torch.tensor(rows, dtype=torch.float32, **pinned)
             self.tensor.copy_(host, non_blocking=True)
         return self.tensor

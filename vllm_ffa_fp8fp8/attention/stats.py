@@ -42,7 +42,7 @@ class WorkerExtension:
                 "nothing was counted: set FFA_FP8FP8's option record_skip_ratio to true, as in "
                 """--additional-config '{"ffa_fp8fp8": {"record_skip_ratio": true}}'"""
             )
-        worker_metrics.flush()  # what is reset here goes on there
+        worker_metrics.flush(resets=reset)
         layers = []
         for name, impl in impls.items():
             counters = impl.counters.cpu()

@@ -46,10 +46,10 @@ def tick() -> None:
         _metrics.tick()
 
 
-def flush() -> None:
-    """Writes everything that was counted up to here."""
+def flush(resets: bool = False) -> None:
+    """Writes everything that was counted up to here; `resets`: before counters are set to 0."""
     if _metrics is not None:
-        _metrics.flush()
+        _metrics.flush(resets)
 
 
 class WorkerMetrics:
@@ -59,13 +59,13 @@ class WorkerMetrics:
         self.counters = [impl.counters for impl in impls]  # int64 [num_kv_heads, len(COUNTERS)]
         rows = [impl for impl in impls for _ in impl.counters]
         self.rule = rows[0].config.rule
-        self.bytes = torch.tensor([[block_size * b for b in block_bytes(impl)] for impl in rows])
+        sizes = [[block_size * size for size in block_bytes(impl)] for impl in rows]
+        self.bytes = torch.tensor(sizes, device="cpu")
         self.file = file
         on_gpu = self.counters[0].is_cuda
-        shape = (len(rows), len(COUNTERS))
-        self.copied = torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu)
+        self.known = torch.zeros(len(rows), len(COUNTERS), dtype=torch.int64, device="cpu")
+        self.copied = torch.zeros_like(self.known, pin_memory=on_gpu)
         self.event = torch.cuda.Event() if on_gpu else None
-        self.known = torch.zeros(shape, dtype=torch.int64)
         self.is_pending = False
         self.last_copy = time.monotonic()
 
@@ -87,7 +87,7 @@ class WorkerMetrics:
         self._write()
         self._copy()
 
-    def flush(self) -> None:
+    def flush(self, resets: bool = False) -> None:
         """Brings everything that was counted; waits for the device, which has nothing to do."""
         if self.is_pending and self.event is not None:
             self.event.synchronize()
@@ -96,6 +96,8 @@ class WorkerMetrics:
         if self.event is not None:
             self.event.synchronize()
         self._write()
+        if resets:
+            self.known.zero_()
 
     def _copy(self) -> None:
         self.copied.copy_(torch.cat(self.counters), non_blocking=True)
@@ -107,8 +109,7 @@ class WorkerMetrics:
         if not self.is_pending:
             return
         self.is_pending = False
-        # counters that are smaller were reset in between
-        new = torch.where(self.copied < self.known, self.copied, self.copied - self.known)
+        new = self.copied - self.known
         self.known.copy_(self.copied)
         if new[:, COUNTERS.index("total")].any() or new[:, COUNTERS.index("short")].any():
             self.file.add(series(new, self.bytes, self.rule))
