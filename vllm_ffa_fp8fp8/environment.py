@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,23 @@ def copies() -> list[Path]:
     found = importlib.metadata.distributions(name=PROJECT)
     places = (Path(str(copy.locate_file(folder.name))).resolve() for copy in found)
     return list(dict.fromkeys([folder, *(place for place in places if place.is_dir())]))
+
+
+def triton_cache() -> Path:
+    """Where Triton keeps what it compiles."""
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, which is made if it is not there; or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def is_cpu_build() -> bool:

@@ -7,6 +7,7 @@ from vllm_ffa_fp8fp8 import envs
 from vllm_ffa_fp8fp8.attention import warmup
 from vllm_ffa_fp8fp8.attention.geometry import decode_query_len, pruning_block_size
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
+from vllm_ffa_fp8fp8.attention.resources import check_triton_cache, naming_what_to_lower
 from vllm_ffa_fp8fp8.integration.compat import load_flash_attention
 from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
@@ -34,6 +35,7 @@ class CudaOps:
     """Scratch comes from vLLM's workspace, which all layers share."""
 
     def __init__(self, impl, vllm_config):
+        check_triton_cache()
         self.impl = impl
         self.vllm_config = vllm_config
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -68,11 +70,12 @@ class CudaOps:
         """Grows the workspace to what any step can need, before vLLM measures and locks it."""
         page_size = self.vllm_config.cache_config.block_size
         limits = self.decode_limits(pruning_block_size(page_size, self.impl.config))
-        self._workspace(self.device, *limits.scratch_shapes)
-        self._context(self.max_model_len)
         fused = self.impl.fused_qkv
-        if fused is not None and (largest := fused.largest_projected_batch):
-            self._projection_scratch(largest, fused.heads, fused.hidden_size, self.device)
+        with naming_what_to_lower(self.vllm_config):
+            self._workspace(self.device, *limits.scratch_shapes)
+            self._context(self.max_model_len)
+            if fused is not None and (largest := fused.largest_projected_batch):
+                self._projection_scratch(largest, fused.heads, fused.hidden_size, self.device)
 
     def compile_early(self) -> None:
         """Begins to compile what steps will launch, when the last layer is loaded."""

@@ -139,6 +139,9 @@ def check_triton(gpu: GPU | None) -> Finding:
         return Finding("triton", WARNING, version, f"the kernels are {made_for}")
     if release > NEWEST_TRITON:
         return Finding("triton", WARNING, version, f"untested: the kernels are {made_for}")
+    if problem := environment.why_unwritable(folder := environment.triton_cache()):
+        advice = "set TRITON_CACHE_DIR to a folder that can be written"
+        return Finding("triton", MISSING, f"{version}; its cache {folder}: {problem}", advice)
     return Finding("triton", OK, version)
 
 
