@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from vllm_ffa_fp8fp8.commands.demo_prompts import source_lines
 
-LENGTHS = (1, 129, 500, 1300)
+LENGTHS = (1, 129, 300, 1100)
 LENGTHS_GPU = (1, 2, 15, 17, 63, 65, 129, 257, 500, 1000, 1500, 2049, 4000)
 OTHER_KINDS = {
     "Gemma3Text": "sliding_window (5 layers)",
@@ -56,12 +56,16 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+SHORT_ANSWER = {"max_tokens": 8, "ignore_eos": True}
 EXACT = ours({"preset": "exact"})
 BALANCED = ours({"preset": "balanced", "block_size": BLOCK_SIZE})
 
 
-def run_in_turn(*engines: tuple[dict[str, Any], list[list[list[int]]]]) -> list[Run]:
-    jobs = [{"llm": llm | {"seed": 0}, "batches": b, "sampling": CONTINUE} for llm, b in engines]
+def run_in_turn(
+    *engines: tuple[dict[str, Any], list[list[list[int]]]], sampling: dict[str, Any] = CONTINUE
+) -> list[Run]:
+    more = {"seed": 0, "enable_prefix_caching": True}
+    jobs = [{"llm": llm | more, "batches": b, "sampling": sampling} for llm, b in engines]
     results, log = run_script(HERE / "runs_in_turn.py", jobs)
     return [Run(**result, log=log) for result in results]
 
@@ -76,9 +80,8 @@ def check_hybrid(default: Run, exact: Run, balanced: Run, others: str) -> None:
     check_same_tokens(exact, default)
     for counts in exact.skips:
         assert counts["kept_blocks"] == counts["total_blocks"] > 0
-    for answer, reference in zip(exact.batches[1], default.batches[1], strict=True):
-        assert answer["num_cached_tokens"] == reference["num_cached_tokens"]
-    assert exact.batches[1][1]["num_cached_tokens"] > 1000
+    for answer in exact.batches[1][:2]:
+        assert answer["num_cached_tokens"] > answer["num_prompt_tokens"] / 2
     for layer in balanced.skips[0]["layers"]:
         assert 0 < layer["kept_blocks"] < layer["total_blocks"]
 
@@ -90,7 +93,7 @@ def test_on_cpu(tmp_path):
     for architecture in OTHER_KINDS:
         model = SMALL_STEPS | make_model(architecture, tmp_path / architecture)
         engines += [(model, asked), (model | EXACT, asked), (model | BALANCED, [[plain_places()]])]
-    runs = run_in_turn(*engines)
+    runs = run_in_turn(*engines, sampling=SHORT_ANSWER)
     for place, others in enumerate(OTHER_KINDS.values()):
         check_hybrid(*runs[3 * place : 3 * place + 3], others)
 
@@ -118,7 +121,7 @@ def gemma_tokens(num_lines: int) -> list[int]:
 def gemma_batches(lengths: tuple[int, ...]) -> list[list[list[int]]]:
     tokens = gemma_tokens(3000)
     prompts = [tokens[2 * length :][:length] for length in lengths]
-    return [prompts, [prompts[-1], prompts[-1][:700] + prompts[0]]]
+    return [prompts, [prompts[-1], prompts[-1] + prompts[1]]]
 
 
 def check_gemma(llm: dict[str, Any], lengths: tuple[int, ...]) -> None:
