@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -35,7 +36,11 @@ def server() -> Iterator[Server]:
     arguments = ("--enforce-eager", "--max-model-len", "4096", "--additional-config", options)
     variables = {"VLLM_ATTENTION_BACKEND": "FFA_FP8FP8", "VLLM_LOG_STATS_INTERVAL": "1"}
     with serve(*arguments, **variables) as server:
+        name = f"ffa_fp8fp8_metrics_{server.process.pid}_*"
+        assert len(list(Path(tempfile.gettempdir()).glob(name))) == 1
         yield server
+        assert server.stop() == 0
+        assert not list(Path(tempfile.gettempdir()).glob(name))
 
 
 def ask(server: Server, prompt: list[int], xargs: dict | None = None, **more) -> tuple[int, dict]:

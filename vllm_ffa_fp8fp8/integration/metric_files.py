@@ -38,7 +38,7 @@ def share_directory() -> None:
     inherit; several API servers have one already."""
     if envs.prometheus_directory() is not None:
         return
-    directory = tempfile.mkdtemp(prefix="ffa_fp8fp8_metrics_")
+    directory = tempfile.mkdtemp(prefix=f"ffa_fp8fp8_metrics_{os.getpid()}_")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.environ[envs.METRICS_VARIABLE] = directory
 
