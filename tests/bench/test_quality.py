@@ -272,7 +272,7 @@ def test_references_need_room_and_the_models_own_tokens(tmp_path):
 @pytest.mark.parametrize(
     "change, setting, says",
     [
-        ({"sliding_window": 512}, "fast", "sliding window"),
+        ({"sliding_window": 512}, "fast", "without full attention"),
         ({"head_dim": 100}, "fast", "head_size 100"),
         ({"num_attention_heads": 64}, "fast", "64 query heads over 2 KV heads"),
         ({}, "dense_layers=[4]", "the model has no layer 4"),

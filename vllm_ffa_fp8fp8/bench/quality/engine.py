@@ -124,7 +124,6 @@ def check_model(llm_arguments: dict[str, Any], settings: list[dict[str, Any]]) -
         kv_cache_dtype=None,
         block_size=None,
         use_mla=model.use_mla,
-        has_sliding_window=not our_kinds(llm_arguments) and bool(model.get_sliding_window()),
     )
     if reasons:
         raise ValueError(reasons[0])
