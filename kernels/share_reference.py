@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 CHANCES = 1 << 20
-RECENT_TOKENS = 256
 MOST_MASS = 2.0**100
 """Relative to the anchors' best token; a block of this mass or more, or of one that is no number,
 is read for sure."""
@@ -41,6 +40,54 @@ def draw_reference(shares: torch.Tensor, tau: float, offset: int | torch.Tensor)
     return torch.where(certain, 0.0, weights)
 
 
+def dealt_blocks(
+    num_blocks: int,
+    block_size: int,
+    *,
+    span: int | None = None,
+    num_items: int = 1,
+    chunk_spans: int | None = None,
+) -> tuple[torch.Tensor, list[int]]:
+    """Which blocks are drawn from together: of each chunk of each program the blocks in their
+    order, int64 `[num_chunks, blocks]`, `num_blocks` where there is none, and its first span."""
+    per_span = (span or block_size) // block_size
+    most = -(-num_blocks // (per_span * num_items))  # spans of a program
+    chunk = chunk_spans or most
+    places = torch.arange(-(-most // chunk) * chunk).view(-1, chunk)
+    spans = (torch.arange(num_items)[:, None, None] + places * num_items).flatten(0, 1)
+    blocks = (spans[..., None] * per_span + torch.arange(per_span)).flatten(1)
+    return blocks.clamp(max=num_blocks), spans[:, 0].tolist()
+
+
+def draw_dealt_reference(
+    shares: torch.Tensor, tau: float, blocks: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """`draw_reference` of every chunk, of `shares` `[..., num_blocks]`; `blocks`: of
+    `dealt_blocks`, `offsets` `[..., num_chunks]` int64."""
+    num_blocks = shares.shape[-1]
+    nowhere = torch.nn.functional.pad(shares, (0, 1), value=torch.inf)
+    drawn = draw_reference(nowhere[..., blocks], tau, offsets).to(shares)
+    weights = torch.zeros_like(nowhere)
+    weights[..., blocks] = drawn
+    return weights[..., :num_blocks]
+
+
+def share_reference(
+    scores: torch.Tensor, block_size: int, anchor_tokens: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each block's part of the softmax's denominator, `[..., num_blocks]`, of base scores, log2
+    units, `[..., seq_len]`; and whether it has MOST_MASS, which counts as that in denominators."""
+    num_blocks = -(-scores.shape[-1] // block_size)
+    anchors = torch.cat([scores[..., :anchor_tokens], scores[..., -anchor_tokens:]], dim=-1)
+    reference = anchors.amax(-1, keepdim=True)
+    padding = num_blocks * block_size - scores.shape[-1]
+    masses = torch.nn.functional.pad((scores - reference).exp2(), (0, padding))
+    masses = masses.unflatten(-1, (num_blocks, block_size)).sum(-1)
+    most = ~(masses < MOST_MASS)
+    masses = masses.masked_fill(most, MOST_MASS)
+    return masses / masses.sum(-1, keepdim=True), most
+
+
 class Choice(NamedTuple):
     """What is read of a request's blocks. `weights`: `log2(1 / p)`, -inf for blocks that a query
     token does not want, `[num_kv_heads, query_len, num_blocks]`; `drawn`: blocks that are read by
@@ -72,58 +119,34 @@ def choose_blocks_reference(
         tau: the share of the softmax from which on a block is read for sure; see
             `decode_attention`.
         span: tokens that are dealt out together, `block_size` or a multiple.
-        num_items: programs that share the request, each of which has every `num_items`-th span,
-            estimates the denominator from those that it has seen (those of the last RECENT_TOKENS
-            stand for no others), and draws by itself.
-        chunk_spans: spans that a program sees before it draws; None: all.
+        num_items: programs that share the request, each of which has every `num_items`-th span and
+            draws by itself.
+        chunk_spans: spans that a program draws from at a time; None: all.
     """
-    num_kv_heads, num_rows, seq_len = scores.shape
-    span = span or block_size
-    num_blocks, num_spans = -(-seq_len // block_size), -(-seq_len // span)
-    padding = num_blocks * block_size - seq_len
-    # Anchors may be there twice where a request is short.
-    anchors = torch.cat([scores[..., :anchor_tokens], scores[..., -anchor_tokens:]], dim=-1)
-    reference = anchors.amax(-1, keepdim=True)
-    masses = torch.nn.functional.pad((scores - reference).exp2(), (0, padding))
-    masses = masses.unflatten(-1, (num_blocks, block_size)).sum(-1)
-    most = ~(masses < MOST_MASS)
-    masses = masses.masked_fill(most, MOST_MASS)
-    anchor_mass = (anchors - reference).exp2().sum(-1)  # [num_kv_heads, num_rows]
-
-    device = scores.device
-    blocks = torch.arange(num_blocks, device=device)
-    newest = (seq_len - query_len) // block_size
-    first_recent = max(newest - RECENT_TOKENS // block_size, 1)
-    middle = (blocks > 0) & (blocks < first_recent)
-    recent = (blocks >= first_recent) & (blocks < newest)
-    positions = torch.arange(seq_len - query_len, seq_len, device=device)  # of query tokens
-    weights = scores.new_full((num_kv_heads, query_len, num_blocks), -torch.inf)
-    sure = torch.zeros(num_kv_heads, num_blocks, dtype=torch.bool, device=device)
-    left = scores.new_zeros(num_kv_heads, num_items)
-    for item in range(num_items):
-        spans = range(item, num_spans, num_items)
-        step = chunk_spans or max(1, len(spans))
-        seen = torch.zeros(num_blocks, dtype=torch.bool, device=device)
-        own = seen.clone()
-        for begin in range(0, len(spans), step):
-            chunk = spans[begin : begin + step]
-            mine = (blocks[:, None] // (span // block_size) == scores.new_tensor(chunk)).any(1)
-            seen |= mine & middle
-            own |= mine & recent
-            sums = masses[..., seen].sum(-1)
-            largest = masses[..., seen].amax(-1) if seen.any() else torch.zeros_like(sums)
-            scale = (first_recent - 1) / max(1, int(seen.sum()))
-            total = anchor_mass + masses[..., own].sum(-1) + largest + (sums - largest) * scale
-            parts = (masses[..., mine] / total[..., None]).unflatten(1, (query_len, -1))
-            shares = parts.masked_fill(most[..., mine].unflatten(1, (query_len, -1)), torch.inf)
-            shares = shares.amax(2)
-            ends = (blocks[mine] == 0) | (blocks[mine] >= positions[:, None] // block_size)
-            shares = shares.masked_fill(ends, torch.inf)
-            offsets = [
-                [draw_offset_reference(layer, head, p, chunk[0]) for p in positions.tolist()]
-                for head in range(num_kv_heads)
-            ]
-            weights[..., mine] = draw_reference(shares, tau, torch.tensor(offsets)).to(scores)
-            sure[:, mine] |= (~(shares < tau)).any(1)
-            left[:, item] += parts.mean(2).where(shares < tau, 0).sum((1, 2))
-    return Choice(weights, (weights > -torch.inf).any(1) & ~sure, left)
+    num_kv_heads, _, seq_len = scores.shape
+    parts, most = share_reference(scores, block_size, anchor_tokens)
+    parts, most = parts.unflatten(1, (query_len, -1)), most.unflatten(1, (query_len, -1))
+    num_blocks = parts.shape[-1]
+    places = torch.arange(num_blocks, device=scores.device)
+    positions = range(seq_len - query_len, seq_len)  # of query tokens
+    newest = torch.tensor(positions, device=scores.device)[:, None] // block_size
+    ends = (places == 0) | (places >= newest)  # [query_len, num_blocks]
+    shares = parts.masked_fill(most, torch.inf).amax(2).masked_fill(ends, torch.inf)
+    blocks, first_spans = dealt_blocks(
+        num_blocks, block_size, span=span, num_items=num_items, chunk_spans=chunk_spans
+    )
+    blocks = blocks.to(scores.device)
+    offsets = torch.tensor(
+        [
+            [[draw_offset_reference(layer, head, p, first) for first in first_spans]
+             for p in positions]
+            for head in range(num_kv_heads)
+        ],
+        device=scores.device,
+    )
+    weights = draw_dealt_reference(shares, tau, blocks, offsets)
+    small = parts.mean(2).where(shares < tau, 0).sum(1)
+    small = torch.nn.functional.pad(small, (0, 1))[:, blocks].sum(-1)
+    left = small.unflatten(1, (num_items, -1)).sum(-1)
+    drawn = (weights > -torch.inf).any(1) & (shares < tau).all(1)
+    return Choice(weights, drawn, left)

@@ -15,6 +15,7 @@ from .limits import DecodeLimits
 from .plan import DecodePlan, DecodeScratch
 from .query import QueryShape, head_rows
 from .scan import ANCHOR_TOKENS, decode_threshold_kernel
+from .share_kernels import draw_kernel, weigh_kernel
 
 MAX_QUERY_ROWS = 64
 """Query rows of a KV head, at most: its query heads, of all query tokens of a request."""
@@ -52,7 +53,8 @@ def decode_attention(
     often, where its share is the largest over the query heads of a KV head of its part of the
     softmax; see `choose_blocks`, and docs/accuracy.md for the bound of the error.
 
-    One launch (two with `precomputed_threshold=True`), no synchronisation: fit for CUDA graphs.
+    One launch (two with `tau` or `precomputed_threshold=True`), no synchronisation: fit for CUDA
+    graphs.
 
     Args:
         query: `[num_tokens, num_heads, head_size]`, float16 or bfloat16: the newest tokens of
@@ -141,34 +143,41 @@ def decode_attention(
             decode_threshold_kernel, (num_reqs, num_kv_heads), threshold,
             seq_lens_ptr=seq_lens, num_warps=4, **common,
         )
+    tunings = {
+        "TUNING": _kernel_tuning(
+            limits, num_reqs, planes, rows, num_warps, rule=rule, query_dtype=query.dtype
+        ),
+        "num_warps": num_warps,
+        "maxnreg": tuning.max_registers if rows <= 16 else 255,
+    }
+    value_dtype = compute_dtype(torch.bfloat16 if fp8_value else planes.value.dtype)
+    pdl = pdl_arguments(query.device, launch_pdl and starts_early)
+    grid = (num_kv_heads, plan.num_items)
+    if rule != "share":
+        launch(
+            decode_kernel, grid, head_rows(output), scratch, plan.work, plan.arrivals,
+            threshold_ptr=threshold, min_context=min_context, counters_ptr=counters,
+            BLOCK=block_shape(limits.span, planes.page_size), PRUNE=rule != "none",
+            VALUE_DTYPE=value_dtype, **pdl, **tunings, **common,
+        )
+        return
+    common |= {
+        "min_context": min_context,
+        "SPAN": block_shape(limits.span, planes.page_size),
+        "BLOCK": block_shape(limits.block_size, planes.page_size),
+    }
+    launch(weigh_kernel, grid, scratch, plan.work, plan.mass_places, **pdl, **tunings, **common)
     launch(
-        decode_kernel, (num_kv_heads, plan.num_items),
-        head_rows(output), scratch, plan.work, plan.arrivals,
-        threshold_ptr=threshold,
-        counters_ptr=counters,
-        min_context=min_context,
-        layer=layer,
-        SPAN=block_shape(limits.span, planes.page_size),
-        BLOCK=block_shape(
-            limits.block_size if rule == "share" else limits.span, planes.page_size
-        ),
-        TUNING=_kernel_tuning(
-            limits, num_reqs, planes, rows, num_warps,
-            rule=rule, query_dtype=query.dtype,
-        ),
-        RULE=rule,
-        VALUE_DTYPE=compute_dtype(torch.bfloat16 if fp8_value else planes.value.dtype),
-        **pdl_arguments(query.device, launch_pdl and starts_early),
-        num_warps=num_warps,
-        maxnreg=tuning.max_registers if rows <= 16 else 255,
-        **common,
+        draw_kernel, grid, head_rows(output), scratch, plan.work, plan.mass_places, plan.arrivals,
+        layer=layer, counters_ptr=counters, VALUE_DTYPE=value_dtype,
+        **pdl_arguments(query.device), **tunings, **common,
     )
 
 
 def chunk_spans(
     limits: DecodeLimits, num_reqs: int, planes: KVPlanes, query_dtype: torch.dtype
 ) -> int:
-    """How many spans a program scans before it attends to some of them."""
+    """How many spans a program draws from, or scans, before it attends to some of them."""
     # a warp holds the places of a chunk, up to four elements a thread
     held = 128 // block_shape(limits.span, planes.page_size).PER_BLOCK
     tile = tile_spans(limits, num_reqs, planes, query_dtype)

@@ -7,29 +7,18 @@ import triton.language as tl
 
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
-from ..counters import COUNTERS
-from ..counters import SHARE_UNITS as SHARE_UNITS_
-from .attend import (
-    attend_blocks,
-    attend_runs,
-    largest_scores,
-    narrow,
-    num_kept,
-    raise_reference,
-    run_tile,
-)
+from .attend import attend_blocks, num_kept, raise_reference
 from .early import prefetch_anchors, prefetch_tile
-from .limits import span_scores
-from .merge import merge_items
+from .merge import count_item, hand_over
 from .plan import load_item
 from .query import load_query, query_rows, query_span, split_query
 from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
-from .share import anchor_masses, choose_blocks, weigh_blocks
 
 
 class KernelTuning(NamedTuple):
-    """How a program goes through its item: spans of a chunk and of a tile of the scan, depths of
-    the pipelines, rows and items that the merge takes at a time."""
+    """How a program goes through its item: blocks of a chunk and of a tile of the scan (spans of
+    blocks where these are weighed), depths of the pipelines, rows and items that the merge takes
+    at a time."""
 
     CHUNK_BLOCKS: int
     TILE_BLOCKS: int
@@ -39,33 +28,8 @@ class KernelTuning(NamedTuple):
     MERGE_SLOTS: int
 
 
-NUM_COUNTERS: tl.constexpr = tl.constexpr(len(COUNTERS))
-SHARE_UNITS: tl.constexpr = tl.constexpr(SHARE_UNITS_)
-
-
-@triton.jit
-def count_item(
-    counters_ptr, index, num_items, query_len, is_short, num_blocks, num_kept, num_drawn, left
-):
-    """Adds what became of a work item's blocks to a row of `new_counters`.
-
-    The share `left` of an item stands for that of all items where the most is wanted.
-    """
-    num_blocks = num_blocks.to(tl.int64)
-    if is_short:
-        tl.atomic_add(counters_ptr + 2, num_blocks)
-    else:
-        units = (left * SHARE_UNITS).to(tl.int64)
-        tl.atomic_add(counters_ptr, num_kept.to(tl.int64))
-        tl.atomic_add(counters_ptr + 1, num_blocks)
-        tl.atomic_add(counters_ptr + 3, num_drawn.to(tl.int64))
-        tl.atomic_add(counters_ptr + 4, units)
-        tl.atomic_max(counters_ptr + 5, tl.minimum(units * num_items // query_len, SHARE_UNITS))
-        tl.atomic_add(counters_ptr + 6, tl.where(index == 0, query_len, 0).to(tl.int64))
-
-
 @triton.jit(  # tables of any width, cut anywhere, share one compilation
-    do_not_specialize=["block_table_stride", "layer"],
+    do_not_specialize=["block_table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "query_start_loc_ptr"],
 )
 def decode_kernel(
@@ -79,18 +43,16 @@ def decode_kernel(
     block_table_stride,
     query_start_loc_ptr,
     threshold_ptr,  # None: every program finds it
-    limit_ptr,  # delta or tau
+    limit_ptr,  # delta
     limit_stride,
     scale_log2,
     min_context,
-    layer,
     counters_ptr,
     PAGE: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     QUERY: tl.constexpr,
     TUNING: tl.constexpr,
-    RULE: tl.constexpr,
+    PRUNE: tl.constexpr,
     DTYPE: tl.constexpr,
     VALUE_DTYPE: tl.constexpr,
     PDL: tl.constexpr,
@@ -98,8 +60,7 @@ def decode_kernel(
     """One program: one work item, one KV head, all query rows of its group.
 
     Goes through the item chunk by chunk: scans it, then attends to what it keeps. The program of
-    a request and KV head that ends last merges the partial results of all of them. Items are made
-    of spans; those of the rule "share" hold one or more blocks, all others are blocks themselves.
+    a request and KV head that ends last merges the partial results of all of them.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -108,21 +69,19 @@ def decode_kernel(
         if PDL:
             tl.extra.cuda.gdc_wait()
         return
-    HEAD_SIZE: tl.constexpr = PAGE.HEAD_SIZE
     HEAD_SIZE_PADDED: tl.constexpr = PAGE.HEAD_SIZE_PADDED
-    SPAN_SIZE: tl.constexpr = SPAN.BLOCK_SIZE
+    BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
     CHUNK_BLOCKS: tl.constexpr = TUNING.CHUNK_BLOCKS
     ROWS: tl.constexpr = QUERY.ROWS
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
-    PRUNE: tl.constexpr = RULE != "none"
     FIND_ANCHORS: tl.constexpr = PRUNE and threshold_ptr is None
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     token, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)
     row_tokens, row_heads, row_exists = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
-    num_spans = (seq_len + SPAN_SIZE - 1) // SPAN_SIZE
-    num_spans = (num_spans - index + num_items - 1) // num_items
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    num_blocks = (num_blocks - index + num_items - 1) // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
-    places = load_places(block_table_row_ptr, index, num_items, seq_len, SPAN, CHUNK_BLOCKS)
+    places = load_places(block_table_row_ptr, index, num_items, seq_len, BLOCK, CHUNK_BLOCKS)
     cache = cache_of_head(cache, kv_head.to(tl.int64))
     anchor_pages = 0
     if FIND_ANCHORS:
@@ -132,7 +91,7 @@ def decode_kernel(
             prefetch_anchors(seq_len, anchor_pages, cache, PAGE)
         if PRUNE:
             prefetch_tile(
-                places, index, num_items, seq_len, cache, PAGE, SPAN, TUNING.TILE_BLOCKS
+                places, index, num_items, seq_len, cache, PAGE, BLOCK, TUNING.TILE_BLOCKS
             )
         # up to here nothing is read that the kernel ahead writes, and nothing written
         tl.extra.cuda.gdc_wait()
@@ -146,13 +105,9 @@ def decode_kernel(
         anchors, anchor_scales = load_anchors(seq_len, anchor_pages, cache, PAGE)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
     place = (item * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64)
-    scratch_ptr = scratch.scores
+    scores_ptr = scratch.scores
     if PRUNE:
-        SPAN_SCORES: tl.constexpr = span_scores(
-            RULE, SPAN_SIZE, BLOCK.BLOCK_SIZE, ROWS, QUERY.QUERY_LEN
-        )
-        scratch_ptr += place * (CHUNK_BLOCKS * SPAN_SCORES)
-    if RULE == "threshold":
+        scores_ptr += place * (CHUNK_BLOCKS * BLOCK_SIZE * ROWS)
         delta = tl.where(seq_len < min_context, float("inf"), limit)
         if FIND_ANCHORS:
             threshold = anchor_threshold(
@@ -165,131 +120,55 @@ def decode_kernel(
             threshold = tl.where(delta == float("inf"), float("-inf"), threshold)
         # rows that pad the group never keep a block
         threshold = tl.where(row_exists, threshold, float("inf"))
-    if RULE == "share":
-        tau = tl.where(seq_len < min_context, 0.0, limit)
-        anchor_score, anchor_mass = anchor_masses(
-            rows, factor, limits, seq_len, anchors, anchor_scales, QUERY, DTYPE
-        )
-        nothing = tl.zeros([ROWS_PADDED], tl.float32)
-        seen = (nothing, nothing, nothing, 0)
 
     accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
-    TILE_TOKENS: tl.constexpr = run_tile(BLOCK) if RULE == "share" else SPAN_SIZE
-    weight_sums = tl.zeros([TILE_TOKENS, ROWS_PADDED], tl.float32)
+    weight_sums = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
     reference = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
     # What the scan finds is a reference for free, where the block that has it is kept for sure and
     # weights have room for what the residual adds.
     RAISE: tl.constexpr = (not FIND_ANCHORS) or VALUE_DTYPE == tl.float16
-    num_blocks = num_spans
     total_kept = tl.zeros([], tl.int32)
-    total_drawn = total_kept
-    total_left = tl.zeros([], tl.float32)
-    if RULE == "share":
-        num_blocks = 0
-    for chunk_begin in range(0, num_spans, CHUNK_BLOCKS):
-        chunk_spans = tl.minimum(num_spans - chunk_begin, CHUNK_BLOCKS)
-        first_span = index + chunk_begin * num_items
+    for chunk_begin in range(0, num_blocks, CHUNK_BLOCKS):
+        chunk_blocks = tl.minimum(num_blocks - chunk_begin, CHUNK_BLOCKS)
+        first_block = index + chunk_begin * num_items
         next_places = load_places(
-            block_table_row_ptr, first_span + CHUNK_BLOCKS * num_items, num_items, seq_len,
-            SPAN, CHUNK_BLOCKS,
+            block_table_row_ptr, first_block + CHUNK_BLOCKS * num_items, num_items, seq_len,
+            BLOCK, CHUNK_BLOCKS,
         )
-        if RULE == "share":
-            SLOTS: tl.constexpr = CHUNK_BLOCKS * (SPAN_SIZE // BLOCK.BLOCK_SIZE)
-            weights_ptr = scratch_ptr + SLOTS * ROWS
-            runs_ptr = (weights_ptr + SLOTS * QUERY.QUERY_LEN).to(tl.pointer_type(tl.int32))
-            weigh_blocks(
-                rows, factor, limits, anchor_score,
-                first_span, num_items, chunk_spans, seq_len, seen_by_all, places,
-                scratch_ptr, cache, PAGE, SPAN, BLOCK, QUERY, TUNING, DTYPE,
+        kept = tl.zeros([], tl.int64)
+        kept_late = kept
+        num_attended = chunk_blocks
+        if PRUNE:
+            kept, kept_late, largest = scan_blocks(
+                rows, factor, limits, threshold,
+                first_block, num_items, chunk_blocks, seq_len, seen_by_all,
+                (seq_len - query_len) // BLOCK_SIZE, places,
+                scores_ptr, cache, PAGE, BLOCK, QUERY, TUNING, DTYPE,
             )
-            tl.debug_barrier()  # masses are written by some threads, read by others
-            num_runs, seen, denominator, has_most, counts = choose_blocks(
-                scratch_ptr, weights_ptr, runs_ptr, anchor_mass, seen,
-                query_len, tau, layer, kv_head,
-                first_span, num_items, chunk_spans, seq_len, block_table_row_ptr,
-                SPAN, BLOCK, QUERY, TUNING,
-            )
-            num_blocks += counts[0]
-            total_kept += counts[1]
-            total_drawn += counts[2]
-            total_left += counts[3]
-            tl.debug_barrier()  # as are weights and runs
             if not RAISE:
-                largest = anchor_score + tl.log2(denominator)
-                if has_most:  # which may be any number of units above the anchors
-                    largest = largest_scores(
-                        rows, factor, limits, num_runs, seq_len, runs_ptr, cache,
-                        PAGE, BLOCK, QUERY, TUNING, DTYPE,
-                    )
                 accumulator, weight_sums, reference = raise_reference(
                     accumulator, weight_sums, reference, largest
                 )
-            accumulator, weight_sums, reference = attend_runs(
-                accumulator, weight_sums, reference,
-                rows, factor, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,
-                PAGE, BLOCK, QUERY, TUNING, RAISE, DTYPE, VALUE_DTYPE,
-            )
-        else:
-            kept = tl.zeros([], tl.int64)
-            kept_late = kept
-            num_attended = chunk_spans
-            if PRUNE:
-                kept, kept_late, largest = scan_blocks(
-                    rows, factor, limits, threshold,
-                    first_span, num_items, chunk_spans, seq_len, seen_by_all,
-                    (seq_len - query_len) // SPAN_SIZE, places,
-                    scratch_ptr, cache, PAGE, BLOCK, QUERY, TUNING, DTYPE,
-                )
-                if not RAISE:
-                    accumulator, weight_sums, reference = raise_reference(
-                        accumulator, weight_sums, reference, largest
-                    )
-                num_attended = num_kept(kept, kept_late)
-                tl.debug_barrier()  # scores are written by some threads, read by others
-            accumulator, weight_sums, reference = attend_blocks(
-                accumulator, weight_sums, reference,
-                rows, factor, limits, kept, kept_late, num_attended,
-                first_span, num_items, seq_len, places, scratch_ptr, cache,
-                PAGE, BLOCK, QUERY, TUNING, PRUNE, RAISE, DTYPE, VALUE_DTYPE,
-            )
-            total_kept += num_attended
+            num_attended = num_kept(kept, kept_late)
+            tl.debug_barrier()  # scores are written by some threads, read by others
+        accumulator, weight_sums, reference = attend_blocks(
+            accumulator, weight_sums, reference,
+            rows, factor, limits, kept, kept_late, num_attended,
+            first_block, num_items, seq_len, places, scores_ptr, cache,
+            PAGE, BLOCK, QUERY, TUNING, PRUNE, RAISE, DTYPE, VALUE_DTYPE,
+        )
+        total_kept += num_attended
         places = next_places
         if PRUNE:
             tl.debug_barrier()  # before the next chunk's scores take their place
 
     if counters_ptr is not None:
-        counters_ptr += kv_head * NUM_COUNTERS
-        is_short = seq_len < min_context
         count_item(
-            counters_ptr, index, num_items, query_len, is_short,
-            num_blocks, total_kept, total_drawn, total_left,
+            counters_ptr, kv_head, index, num_items, query_len, seq_len < min_context,
+            num_blocks, total_kept, tl.zeros([], tl.int32), tl.zeros([], tl.float32),
         )
-    row_sum = tl.sum(weight_sums, axis=0)
-    result = tl.trans(narrow(accumulator, HEAD_SIZE_PADDED, ROWS_PADDED))
-    result /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    mask = row_exists[:, None] & (columns < HEAD_SIZE)[None, :]
-    if num_items == 1:
-        output_place = (token + row_tokens) * output.stride_token
-        output_place += (kv_head * QUERY.GROUP + row_heads) * output.stride_head
-        tl.store(
-            output.pointer + output_place[:, None] + columns[None, :],
-            result.to(output.pointer.dtype.element_ty),
-            mask=mask,
-        )
-    else:
-        partial_rows = place * ROWS + tl.arange(0, ROWS_PADDED)
-        partial_output = scratch.partial_output + partial_rows[:, None] * HEAD_SIZE
-        tl.store(partial_output + columns[None, :], result, mask=mask)
-        lse = reference + tl.log2(row_sum)
-        tl.store(scratch.partial_lse + partial_rows, lse, mask=row_exists)
-        tl.debug_barrier()  # all threads' results are written before one of them says so
-        arrivals_ptr += request * QUERY.NUM_KV_HEADS + kv_head
-        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-        if arrived == num_items - 1:
-            first_row = (place - index.to(tl.int64) * QUERY.NUM_KV_HEADS) * ROWS
-            merge_items(
-                output, token, kv_head, query_len,
-                scratch.partial_output + first_row * HEAD_SIZE, scratch.partial_lse + first_row,
-                num_items, PAGE, QUERY, TUNING.MERGE_ROWS, TUNING.MERGE_SLOTS,
-            )
-            tl.store(arrivals_ptr, 0)  # for the next launch
+    hand_over(
+        accumulator, weight_sums, reference,
+        output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token, query_len,
+        PAGE, QUERY, TUNING.MERGE_ROWS, TUNING.MERGE_SLOTS,
+    )

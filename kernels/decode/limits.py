@@ -13,6 +13,10 @@ from .tuning import DecodeTuning, decode_tuning
 MIN_SPAN = 64
 """Tokens that are read together at least where smaller blocks are drawn."""
 
+MASS_BYTES = 64 << 20
+"""The most memory for the masses of blocks. Of a batch whose requests have more together, which
+share pages many times over then, the last ones are read in full."""
+
 INVARIANT_BLOCKS = 64
 """Spans of a work item where a request is cut alike in every batch."""
 INVARIANT_ITEMS = 32
@@ -20,12 +24,10 @@ INVARIANT_ITEMS = 32
 
 
 @triton.constexpr_function
-def span_scores(rule, span, block_size, rows, query_len):
-    """Numbers that a program hands on of a span of tokens: scores of `rows` query rows, or masses,
-    weights, and the list of what is read, three a run of 16 at least."""
-    if rule != "share":
-        return span * rows
-    return span // block_size * (rows + query_len) + 3 * (span // 16)
+def list_numbers(span, block_size, query_len):
+    """Numbers by which a program lists what it reads of a span by share: the weights of each block,
+    and three for each run of 16 tokens at least."""
+    return span // block_size * query_len + 3 * (span // 16)
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,34 @@ class DecodeLimits:
         """Spans that a program scans before it attends to those it keeps, a power of two."""
         tuning, tile_blocks = self.tuning_of(num_reqs), self.tile_blocks(num_reqs)
         num_reqs = self.num_reqs if self.batch_invariant else num_reqs
-        block_bytes = self.span_scores * self.num_kv_heads * torch.float32.itemsize
+        block_bytes = self.span_numbers * self.num_kv_heads * torch.float32.itemsize
         fit = tuning.score_bytes // (block_bytes * self.num_items(num_reqs))
         return max(tile_blocks, min(tuning.chunk_blocks, 1 << fit.bit_length() >> 1))
 
     @property
-    def span_scores(self) -> int:
-        """Numbers that a program hands on of a span."""
-        rows = self.query_len * self.num_heads // self.num_kv_heads
-        return span_scores(self.rule, self.span, self.block_size, rows, self.query_len)
+    def span_numbers(self) -> int:
+        """Numbers that a program keeps of a span that it goes through: the scores of its tokens, or
+        a list of what is read."""
+        if self.rule == "share":
+            return list_numbers(self.span, self.block_size, self.query_len)
+        return self.span * self.query_len * self.num_heads // self.num_kv_heads
+
+    @property
+    def span_masses(self) -> int:
+        """Masses of a span, of all KV heads."""
+        if self.rule != "share":
+            return 0
+        return self.span // self.block_size * self.query_len * self.num_heads
+
+    @property
+    def mass_spans(self) -> int:
+        """Spans of a batch, at most, whose blocks are weighed."""
+        if self.rule != "share":
+            return 0
+        most = self.num_reqs * -(-self.seq_len // self.span) + self.max_items
+        if self.batch_invariant:
+            return most  # whatever else is in the batch
+        return min(most, MASS_BYTES // (self.span_masses * torch.float32.itemsize))
 
     def batch_classes(self) -> list[int]:
         """One number of requests of each kind for which other code is compiled, ascending."""
@@ -163,18 +184,21 @@ class DecodeLimits:
 
     @property
     def num_scores(self) -> int:
-        """The most scores that the programs of a batch hand on."""
-        return _max_chunk_blocks(self) * self.span_scores * self.num_kv_heads
+        """The most numbers that the programs of a batch keep of spans."""
+        return _max_chunk_blocks(self) * self.span_numbers * self.num_kv_heads
 
     @property
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
         rows = (self.max_items, self.query_len * self.num_heads)
+        sums = (self.max_items, 2 if self.rule == "share" else 0, self.query_len * self.num_heads)
         return (
             ((*rows, self.head_size), torch.float32),
             (rows, torch.float32),
             ((self.num_scores,), torch.float32),
             ((self.num_reqs * self.query_len, self.num_heads), torch.float32),
+            ((self.mass_spans * self.span_masses,), torch.float32),
+            (sums, torch.float32),
         )
 
 

@@ -1,9 +1,39 @@
-"""Decode, step 3: merges the partial results of a request's work items by log-sum-exp."""
+"""Decode, step 3: hands on what a work item comes to; the last one of a request merges them by
+log-sum-exp."""
 
 import triton
 import triton.language as tl
 
+from ..counters import COUNTERS
+from ..counters import SHARE_UNITS as SHARE_UNITS_
+from .attend import narrow
 from .query import query_rows
+
+NUM_COUNTERS: tl.constexpr = tl.constexpr(len(COUNTERS))
+SHARE_UNITS: tl.constexpr = tl.constexpr(SHARE_UNITS_)
+
+
+@triton.jit
+def count_item(
+    counters_ptr, kv_head, index, num_items, query_len, is_short,
+    num_blocks, num_kept, num_drawn, left,
+):
+    """Adds what became of a work item's blocks to a row of `new_counters`.
+
+    The share `left` of an item stands for that of all items where the most is wanted.
+    """
+    counters_ptr += kv_head * NUM_COUNTERS
+    num_blocks = num_blocks.to(tl.int64)
+    if is_short:
+        tl.atomic_add(counters_ptr + 2, num_blocks)
+    else:
+        units = (left * SHARE_UNITS).to(tl.int64)
+        tl.atomic_add(counters_ptr, num_kept.to(tl.int64))
+        tl.atomic_add(counters_ptr + 1, num_blocks)
+        tl.atomic_add(counters_ptr + 3, num_drawn.to(tl.int64))
+        tl.atomic_add(counters_ptr + 4, units)
+        tl.atomic_max(counters_ptr + 5, tl.minimum(units * num_items // query_len, SHARE_UNITS))
+        tl.atomic_add(counters_ptr + 6, tl.where(index == 0, query_len, 0).to(tl.int64))
 
 
 @triton.jit
@@ -63,3 +93,52 @@ def merge_items(
         result.to(output.pointer.dtype.element_ty),
         mask=exists,
     )
+
+
+@triton.jit
+def hand_over(
+    accumulator, weight_sums, reference,
+    output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token, query_len,
+    PAGE: tl.constexpr, QUERY: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+):
+    """Writes the output of a request and KV head that is one item; of others what the item comes
+    to, and the program that ends last merges them all.
+
+    `accumulator, weight_sums, reference`: of `softmax_update`. See `merge_items` for the others.
+    """
+    HEAD_SIZE: tl.constexpr = PAGE.HEAD_SIZE
+    HEAD_SIZE_PADDED: tl.constexpr = PAGE.HEAD_SIZE_PADDED
+    ROWS: tl.constexpr = QUERY.ROWS
+    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
+    columns = tl.arange(0, HEAD_SIZE_PADDED)
+    row_tokens, row_heads, row_exists = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
+    row_sum = tl.sum(weight_sums, axis=0)
+    result = tl.trans(narrow(accumulator, HEAD_SIZE_PADDED, ROWS_PADDED))
+    result /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    mask = row_exists[:, None] & (columns < HEAD_SIZE)[None, :]
+    if num_items == 1:
+        output_place = (token + row_tokens) * output.stride_token
+        output_place += (kv_head * QUERY.GROUP + row_heads) * output.stride_head
+        tl.store(
+            output.pointer + output_place[:, None] + columns[None, :],
+            result.to(output.pointer.dtype.element_ty),
+            mask=mask,
+        )
+    else:
+        place = (item * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64)
+        partial_rows = place * ROWS + tl.arange(0, ROWS_PADDED)
+        partial_output = scratch.partial_output + partial_rows[:, None] * HEAD_SIZE
+        tl.store(partial_output + columns[None, :], result, mask=mask)
+        lse = reference + tl.log2(row_sum)
+        tl.store(scratch.partial_lse + partial_rows, lse, mask=row_exists)
+        tl.debug_barrier()  # all threads' results are written before one of them says so
+        arrivals_ptr += request * QUERY.NUM_KV_HEADS + kv_head
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+        if arrived == num_items - 1:
+            first_row = (place - index.to(tl.int64) * QUERY.NUM_KV_HEADS) * ROWS
+            merge_items(
+                output, token, kv_head, query_len,
+                scratch.partial_output + first_row * HEAD_SIZE, scratch.partial_lse + first_row,
+                num_items, PAGE, QUERY, MERGE_ROWS, SLOTS,
+            )
+            tl.store(arrivals_ptr, 0)  # for the next launch

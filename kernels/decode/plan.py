@@ -16,14 +16,19 @@ class DecodeScratch(NamedTuple):
 
     A program is one of a work item and KV head; its rows are the group's heads, query token after
     query token. All float32: `partial_output` `[max_items, num_kv_heads * rows, head_size]`,
-    `partial_lse` `[max_items, num_kv_heads * rows]` and `scores` (flat: program, token of the
-    chunk, row) in log2 units, `threshold` `[num_reqs * query_len, num_heads]`, log2 units.
+    `partial_lse` `[max_items, num_kv_heads * rows]`, log2 units; `scores`, flat: program, token of
+    the chunk, row, log2 units, or by share program, what it reads of the chunk (`choose_blocks`);
+    `threshold` `[num_reqs * query_len, num_heads]`, log2 units. By share only: `masses`, flat:
+    item, as `DecodePlan.mass_places` has it, KV head, row, block; `sums` `[max_items, 2,
+    num_kv_heads * rows]`: of an item's masses, and the score that they are relative to, log2 units.
     """
 
     partial_output: torch.Tensor
     partial_lse: torch.Tensor
     scores: torch.Tensor
     threshold: torch.Tensor
+    masses: torch.Tensor
+    sums: torch.Tensor
 
     @classmethod
     def allocate(cls, limits: DecodeLimits, device: torch.device) -> "DecodeScratch":
@@ -33,6 +38,7 @@ class DecodeScratch(NamedTuple):
 @triton.jit(do_not_specialize=["num_reqs", "num_items"])  # batches share compilations
 def _decode_plan_kernel(
     work_ptr,
+    mass_places_ptr,
     seq_lens_ptr,
     num_reqs,
     num_items,
@@ -46,6 +52,7 @@ def _decode_plan_kernel(
     ITEMS: tl.constexpr,
     INVARIANT_BLOCKS: tl.constexpr,
     INVARIANT_ITEMS: tl.constexpr,
+    MASS_SPANS: tl.constexpr,
 ):
     requests = tl.arange(0, REQS_PADDED)
     seq_lens = tl.load(seq_lens_ptr + requests, mask=requests < num_reqs, other=0)
@@ -84,6 +91,15 @@ def _decode_plan_kernel(
     tl.store(row_ptr + 1, items - first_item, mask=stored)
     tl.store(row_ptr + 2, tl.sum(tl.where(mine, counts[None, :], 0), axis=1), mask=stored)
     tl.store(row_ptr + 3, tl.sum(tl.where(mine, seq_lens[None, :], 0), axis=1), mask=stored)
+    if MASS_SPANS > 0:
+        item_blocks = (blocks + counts - 1) // tl.maximum(counts, 1)
+        mass_ends = tl.cumsum(counts * item_blocks, axis=0)
+        places = mass_ends - counts * item_blocks
+        first_place = tl.sum(tl.where(mine, places[None, :], 0), axis=1)
+        item_blocks = tl.sum(tl.where(mine, item_blocks[None, :], 0), axis=1)
+        place = first_place + (items - first_item) * item_blocks
+        fits = tl.max(tl.where(mine, mass_ends[None, :], 0), axis=1) <= MASS_SPANS
+        tl.store(mass_places_ptr + items, tl.where(fits, place, -1), mask=stored)
 
 
 @triton.jit
@@ -100,13 +116,15 @@ class DecodePlan:
     `work` is int32 `[num_items, 4]`: request (-1: no work), index of the item in the request,
     number of the request's items, its length. Item `i` of `n` covers blocks `i`, `i + n`,
     `i + 2n`, ..., so that kept blocks that lie together are shared; a request's items follow one
-    another. `arrivals` is int32 `[num_reqs, num_kv_heads]`, zeros between launches: how many
-    programs are done. The buffers keep their addresses when the plan is updated, so that a CUDA
-    graph may hold them.
+    another. `mass_places`, int32 `[num_items]`: how many spans of `DecodeScratch.masses` lie before
+    the item's; -1: its blocks are not weighed, but all read. `arrivals` is int32
+    `[num_reqs, num_kv_heads]`, zeros between launches: how many programs are done. The buffers keep
+    their addresses when the plan is updated, so that a CUDA graph may hold them.
     """
 
     limits: DecodeLimits
     work: torch.Tensor
+    mass_places: torch.Tensor
     arrivals: torch.Tensor
 
     @classmethod
@@ -115,6 +133,7 @@ class DecodePlan:
         return cls(
             limits,
             torch.full(shape, -1, dtype=torch.int32, device=device),
+            torch.full(shape[:1], -1, dtype=torch.int32, device=device),
             torch.zeros(limits.num_reqs, limits.num_kv_heads, dtype=torch.int32, device=device),
         )
 
@@ -142,6 +161,7 @@ class DecodePlan:
         launch(
             _decode_plan_kernel, (triton.cdiv(num_items, items),),
             self.work,
+            self.mass_places,
             seq_lens,
             num_reqs,
             num_items,
@@ -155,6 +175,9 @@ class DecodePlan:
             ITEMS=items,
             INVARIANT_BLOCKS=INVARIANT_BLOCKS,
             INVARIANT_ITEMS=limits.max_request_items if limits.batch_invariant else 0,
+            MASS_SPANS=limits.mass_spans,
             num_warps=4,
         )
-        return replace(self, work=self.work[:num_items])
+        return replace(
+            self, work=self.work[:num_items], mass_places=self.mass_places[:num_items]
+        )

@@ -1,17 +1,13 @@
-"""Decode, step 1 by share: weighs every block by the FP8 base alone and draws those to read."""
+"""Decode by share, step 1: weighs every block by the FP8 base alone, and draws those to read."""
 
 import triton
 import triton.language as tl
 
-from .scan import anchor_scores, score_tile, tile_tokens_of
+from .scan import score_tile, tile_tokens_of
 
 LOG2_CHANCES: tl.constexpr = tl.constexpr(20)
 CHANCES: tl.constexpr = tl.constexpr(1 << 20)
 """Probabilities are multiples of 1 / CHANCES, and at least that: a weight is at most CHANCES."""
-
-RECENT_TOKENS: tl.constexpr = tl.constexpr(256)
-"""So many of the newest tokens weigh otherwise than those before: their blocks stand for no
-others."""
 
 MOST_MASS: tl.constexpr = tl.constexpr(2.0**100)
 """Blocks of this mass or more are read for sure, as are those whose mass is no number; it leaves
@@ -19,28 +15,15 @@ room for the sum of all blocks."""
 
 
 @triton.jit
-def anchor_masses(
-    query, factor, limits, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
-):
-    """The largest base score of the first and last tokens, log2 units, and the sum of
-    `exp2(score - largest)` over them, float32 `[ROWS_PADDED]` each.
-
-    See `anchor_scores` for the arguments.
-    """
-    scores = anchor_scores(query, factor, limits, seq_len, key, scales, QUERY, DTYPE)
-    largest = tl.max(scores, axis=0)
-    return largest, tl.sum(tl.exp2(scores - largest[None, :]), axis=0)
-
-
-@triton.jit
 def weigh_blocks(
     query, factor, limits, reference,
-    first_span, step, num_spans, seq_len, seen_by_all, places, masses_ptr, cache,
+    first_span, step, num_spans, seq_len, seen_by_all, places, masses_ptr, masses_stride, cache,
     PAGE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr,
     TUNING: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """Adds up `exp2(score - reference)` over the tokens of every block of a chunk, into
-    `masses[row, block]`.
+    `masses[row, block]`, and returns the sums over its blocks, float32 `[ROWS_PADDED]`, to which
+    none adds more than MOST_MASS.
 
     The chunk is `num_spans` spans of blocks, `first_span` and every `step`-th of the request after
     it, read in tiles of TILE_BLOCKS spans.
@@ -54,11 +37,11 @@ def weigh_blocks(
     TILE_SPANS: tl.constexpr = TUNING.TILE_BLOCKS
     RUNS: tl.constexpr = BLOCK.BLOCK_SIZE // 16
     BLOCKS: tl.constexpr = SPAN_SIZE // BLOCK.BLOCK_SIZE
-    SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * BLOCKS
     tile_tokens, tile_positions = tile_tokens_of(step, SPAN, TILE_SPANS)
     rows = tl.arange(0, ROWS_PADDED)[None, None, :]
     tile_blocks = tl.arange(0, TILE_SPANS)[None, :] * BLOCKS + tl.arange(0, BLOCKS)[:, None]
-    masses_ptr += tile_blocks[:, :, None] + rows * SLOTS
+    masses_ptr += tile_blocks[:, :, None] + rows * masses_stride
+    sums = tl.zeros([BLOCKS, TILE_SPANS, ROWS_PADDED], tl.float32)
     for index in tl.range(0, num_spans, TILE_SPANS, num_stages=TUNING.SCAN_STAGES):
         scores = score_tile(
             query, limits, first_span, step, index, seq_len, seen_by_all, places,
@@ -67,7 +50,10 @@ def weigh_blocks(
         masses = tl.exp2(scores * factor[None, :] - reference[None, :])
         masses = tl.reshape(masses, (BLOCKS, RUNS, TILE_SPANS, 16, ROWS_PADDED))
         masses = tl.sum(tl.sum(masses, axis=1), axis=2)
-        tl.store(masses_ptr + index * BLOCKS, masses, mask=rows < QUERY.ROWS)
+        exists = (index * BLOCKS + tile_blocks < num_spans * BLOCKS)[:, :, None]
+        tl.store(masses_ptr + index * BLOCKS, masses, mask=exists & (rows < QUERY.ROWS))
+        sums += tl.where(masses < MOST_MASS, masses, MOST_MASS)  # what is no number, too
+    return tl.sum(tl.sum(sums, axis=0), axis=0)
 
 
 @triton.jit
@@ -91,11 +77,6 @@ def draw_offset(layer, kv_head, position, first_span):
 
 
 @triton.jit
-def _add_and_compare(sums, largest, recent, more_sums, more_largest, more_recent):
-    return sums + more_sums, tl.maximum(largest, more_largest), recent + more_recent
-
-
-@triton.jit
 def _of_row(values, row):
     """Element `row` of float32 `[ROWS_PADDED]`."""
     return tl.sum(tl.where(tl.arange(0, values.shape[0]) == row, values, 0.0), axis=0)
@@ -103,32 +84,26 @@ def _of_row(values, row):
 
 @triton.jit
 def choose_blocks(
-    masses_ptr, weights_ptr, runs_ptr, anchors, seen, query_len, tau,
+    masses_ptr, masses_stride, weights_ptr, runs_ptr, denominators, query_len, tau,
     layer, kv_head, first_span, step, num_spans, seq_len, block_table_row_ptr,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
 ):
     """Which blocks of a chunk are read, and what each of them counts.
 
-    A block's share is its part of the softmax's denominator, the largest over the rows of a query
-    token. For the denominator every row has the mass of the first and last tokens, `anchors`,
-    float32 `[ROWS_PADDED]`, and those of the blocks that the program has seen. Of these the ones of
-    the last RECENT_TOKENS and the largest one stand for themselves alone, the others for all that
-    other programs see.
-
-    For each query token a block is read with probability `p = min(1, share / tau)`, and counts
-    1 / p times if it is; the request's first block, those of the token and newer, and those of
-    MOST_MASS are read for sure. Draws are systematic: with the running sum of `p` over the chunk,
-    a block is read where the sum crosses a whole number, less an offset that `draw_offset` gives.
-    A block is read if a token wants it. `seen`: of the chunks before, or zeros. See `weigh_blocks`
-    for the others.
+    A block's share is its part of `denominators`, float32 `[ROWS_PADDED]`, the largest over the
+    rows of a query token. For each query token a block is read with probability
+    `p = min(1, share / tau)`, and counts 1 / p times if it is; the request's first block, those of
+    the token and newer, and those of MOST_MASS are read for sure, and with tau 0 all, whose masses
+    are not asked for. Draws are systematic: with the running sum of `p` over the chunk, a block is
+    read where the sum crosses a whole number, less an offset that `draw_offset` gives. A block is
+    read if a token wants it. See `weigh_blocks` for the other arguments.
 
     Writes, in the order of blocks, the runs of UNIT tokens that are read to `runs[rank]`, int32:
     place (see `load_places`), position, slot of the block in the chunk; and `log2(1 / p)`, -inf
     for blocks that a token does not want, to `weights[slot, token]`.
-    Returns the number of runs, `seen`, the denominator, `[ROWS_PADDED]`, whether blocks of
-    MOST_MASS are among those that are read, and what became of the blocks: how many there are, how
-    many are read, how many of these were drawn, and the share of the softmax that was left
-    to the draw, the mean of the rows.
+    Returns the number of runs, whether blocks of MOST_MASS are among those that are read, and what
+    became of the blocks: how many there are, how many are read, how many of these were drawn, and
+    the share of the softmax that was left to the draw, the mean of the rows.
     """
     BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
     PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK_SIZE
@@ -136,12 +111,11 @@ def choose_blocks(
     UNIT: tl.constexpr = BLOCK.UNIT
     PER_BLOCK: tl.constexpr = BLOCK.PER_BLOCK
     GROUP: tl.constexpr = QUERY.GROUP
-    ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     slots = tl.arange(0, SLOTS)  # up to 32, every warp has all, and no sum crosses warps
-    rows = tl.arange(0, ROWS_PADDED)
     spans = slots // PER_SPAN
     blocks = (first_span + spans * step) * PER_SPAN + slots % PER_SPAN
     exists = (spans < num_spans) & (blocks * BLOCK_SIZE < seq_len)
+    is_weighed = exists & (slots < tl.where(tau > 0, SLOTS, 0))
     places = ()
     for part in tl.static_range(PER_BLOCK):
         runs = blocks * PER_BLOCK + part
@@ -150,14 +124,6 @@ def choose_blocks(
             mask=exists & (runs * UNIT < seq_len), other=0,
         )
         places += (page * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE,)
-    newest = (seq_len - query_len) // BLOCK_SIZE
-    first_recent = tl.maximum(newest - RECENT_TOKENS // BLOCK_SIZE, 1)
-    is_middle = exists & (blocks > 0) & (blocks < first_recent)
-    is_recent = exists & (blocks >= first_recent) & (blocks < newest)
-    seen_sums, seen_largest, seen_recent, num_seen = seen
-    num_seen += tl.sum(is_middle.to(tl.int32), axis=0)
-    scale = (first_recent - 1) / tl.maximum(num_seen, 1).to(tl.float32)
-    denominator = tl.full([ROWS_PADDED], 1.0, tl.float32)
     wanted = exists & (slots < 0)
     sure = wanted
     is_most = wanted
@@ -166,28 +132,16 @@ def choose_blocks(
         share = tl.zeros([SLOTS], tl.float32)
         shares = share
         is_least = exists
-        masses = ()
-        for head in tl.static_range(GROUP):
-            masses_row_ptr = masses_ptr + (token * GROUP + head) * SLOTS
-            mass = tl.load(masses_row_ptr + slots, mask=exists, other=0.0)
-            is_least &= mass < MOST_MASS  # false where it is no number
-            masses += (tl.where(mass < MOST_MASS, mass, MOST_MASS),)
         for head in tl.static_range(GROUP):
             row = token * GROUP + head
-            middle = tl.where(is_middle, masses[head], 0.0)
-            recent = tl.where(is_recent, masses[head], 0.0)
-            sums, largest, recent = tl.reduce((middle, middle, recent), 0, _add_and_compare)
-            sums += _of_row(seen_sums, row)
-            largest = tl.maximum(largest, _of_row(seen_largest, row))
-            recent += _of_row(seen_recent, row)
-            total = _of_row(anchors, row) + recent + largest + (sums - largest) * scale
-            head_share = masses[head] / total
+            mass = tl.load(
+                masses_ptr + row * masses_stride + slots,
+                mask=is_weighed, other=float("inf"),
+            )
+            is_least &= mass < MOST_MASS  # false where it is no number
+            head_share = tl.where(mass < MOST_MASS, mass, 0.0) / _of_row(denominators, row)
             share = tl.maximum(share, head_share)
             shares += head_share
-            seen_sums = tl.where(rows == row, sums, seen_sums)
-            seen_largest = tl.where(rows == row, largest, seen_largest)
-            seen_recent = tl.where(rows == row, recent, seen_recent)
-            denominator = tl.where(rows == row, total, denominator)
         position = seq_len - query_len + token
         is_small = is_least & (blocks > 0) & (blocks < position // BLOCK_SIZE) & (share < tau)
         is_most |= exists & (is_least == 0)
@@ -213,5 +167,4 @@ def choose_blocks(
     num_blocks = tl.sum(exists.to(tl.int32), axis=0)
     counts = (num_blocks, num_wanted, num_drawn, left)
     has_most = tl.max(is_most.to(tl.int32), axis=0) > 0
-    seen = (seen_sums, seen_largest, seen_recent, num_seen)
-    return num_wanted * PER_BLOCK, seen, denominator, has_most, counts
+    return num_wanted * PER_BLOCK, has_most, counts

@@ -45,13 +45,6 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ("decode_kernel", "dense", {"loops": (E4M3,)}),
     ("decode_kernel", "pruned", {"loops": (E4M3, E4M3), "moves": {"load_scores": 16}}),
     # the second is for scores far above the anchors'
-    ("decode_kernel", "share", {"loops": (E4M3, E4M3, E4M3)}),
-    # outside of the loops
-    ("decode_kernel", "share, blocks of 16", {"local": 64}),
-    ("decode_kernel", "share, FP8 V", {"local": 64}),
-    ("decode_kernel", "share, counted", {"local": 64}),
-    ("decode_kernel", "share, float16", {"loops": (ANY, ANY), "local": 128}),
-    ("decode_kernel", "share, up to 8 query tokens", {"local": 256, "programs": 1}),
     ("decode_kernel", "tensors", {"loops": (E4M3, E4M3)}),
     ("decode_kernel", "no residual", {"loops": (E4M3, ANY)}),
     # operands of the second product: 8 elements in a row are a thread's
@@ -70,6 +63,19 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ("decode_kernel", "pruned, head size 256, blocks of 128", {"local": 64}),
     ("decode_kernel", "dense, head size 256, blocks of 128", {"local": 384, "pipelined": False}),
     ("decode_kernel", "64 rows", {"local": 704, "programs": 1}),
+    ("weigh_kernel", "", {"moves": {"load_rows": 16, "load_query": 16}, "loops": (E4M3,)}),
+    ("weigh_kernel", "float16", {"moves": {"load_rows": 8}, "loops": (ANY,)}),
+    (
+        "draw_kernel",
+        "",
+        {
+            "moves": {"load_rows": 16, "load_columns": 16, "load_query": 16},
+            "loops": (E4M3, E4M3),
+        },
+    ),
+    ("draw_kernel", "FP8 V", {"moves": {"load_columns": 8}}),
+    ("draw_kernel", "float16", {"moves": {"load_rows": 8}, "loops": (ANY,)}),
+    ("draw_kernel", "up to 8 query tokens", {"local": 256, "programs": 1}),
     ("decode_threshold_kernel", "", {"moves": {"load_rows": 16, "load_query": 16}}),
     ("_base_read_kernel", "", {"moves": {"cp:_base_read_kernel": 16}}),
     ("_kv_gather_kernel", "", {"moves": {"load_rows": 16, "st:_kv_gather_kernel": 16}}),

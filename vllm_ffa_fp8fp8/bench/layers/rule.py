@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_ffa_fp8fp8.bench.layers.contexts import Steps, window
-from vllm_ffa_fp8fp8.bench.layers.share import ANCHOR_TOKENS, Dealt, share_weights
+from vllm_ffa_fp8fp8.bench.layers.share import Dealt, share_weights
 from vllm_ffa_fp8fp8.bench.rounding import (
     LEAST_SCORE_ROUNDING,
     LOG2_E,
@@ -32,6 +32,8 @@ SHARED_BY_NONE = Dealt()
 FP8 = torch.float8_e4m3fn
 FP8_WEIGHT_SCALE = 256.0
 """FlashAttention 3 multiplies softmax weights with it before it rounds them to E4M3."""
+
+ANCHOR_TOKENS = 16
 
 
 @dataclass(frozen=True)
