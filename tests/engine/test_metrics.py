@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ OPTIONS = {"delta": 2.0, "metrics": True, "min_request_delta": 1.0}
 def server() -> Iterator[Server]:
     options = json.dumps({"ffa_fp8fp8": OPTIONS})
     arguments = ("--enforce-eager", "--max-model-len", "4096", "--additional-config", options)
+    arguments += ("--no-enable-prefix-caching",)
     variables = {"VLLM_ATTENTION_BACKEND": "FFA_FP8FP8", "VLLM_LOG_STATS_INTERVAL": "1"}
     with serve(*arguments, **variables) as server:
         name = f"ffa_fp8fp8_metrics_{server.process.pid}_*"
@@ -88,17 +90,32 @@ def test_series_move_with_requests(server):
     assert last["total_blocks"] == after["total_blocks"]
 
 
-def test_requests_choose_their_delta(server):
-    (long,) = recall_prompts(1600, 1)
-    kept = []
-    for delta in (1, 30.5):
-        before = settled(server)
-        status, answer = ask(server, long, {"ffa_delta": delta})
+def test_requests_of_one_batch_choose_their_delta(server):
+    """With the V1 model runner, and each as it is alone."""
+    prompts, deltas = recall_prompts(1600, 3), (1, None, 30.5)
+
+    def ask_with_delta(prompt, delta) -> str:
+        xargs = None if delta is None else {"ffa_delta": delta}
+        status, answer = ask(server, prompt, xargs, max_tokens=24, ignore_eos=True)
         assert status == 200, answer
+        return answer["choices"][0]["text"]
+
+    alone, kept, total, steps = [], [], [], num_steps(server)
+    for prompt, delta in zip(prompts, deltas, strict=True):
+        before = settled(server)
+        alone.append(ask_with_delta(prompt, delta))
         after = settled(server)
-        new = {name: after[name] - before.get(name, 0) for name in after}
-        kept.append(new["kept_blocks"] / new["total_blocks"])
-    assert kept[0] < 0.9 * kept[1]
+        for counts, name in ((kept, "kept_blocks"), (total, "total_blocks")):
+            counts.append(after[name] - before[name])
+    assert kept[0] < 0.9 * kept[1] < 0.9 * 0.9 * kept[2] and kept[2] == total[2]
+    steps = num_steps(server) - steps, num_steps(server)
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(ask_with_delta, prompts, deltas))
+    after_all = settled(server)
+    assert num_steps(server) - steps[1] < 0.7 * steps[0]
+    assert together == alone
+    assert after_all["total_blocks"] - after["total_blocks"] == sum(total)
+    assert after_all["kept_blocks"] - after["kept_blocks"] == pytest.approx(sum(kept), rel=0.02)
 
 
 @pytest.mark.parametrize("xargs, said", [
@@ -179,6 +196,13 @@ def test_the_dashboard_finds_its_series_in_prometheus(server, tmp_path):
     assert 0 < values["Kept fraction A"] < 1
     assert values["Requests below min_context A"] == pytest.approx(0.5, abs=0.2)
     assert 0 < values["Cache bytes read A"] < values["Cache bytes read B"]
+
+
+def num_steps(server: Server) -> int:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    (count,) = re.findall(r"^vllm:iteration_tokens_total_count\S* (\S+)", text, re.MULTILINE)
+    return int(float(count))
 
 
 def settled(server: Server) -> dict[str, float]:
