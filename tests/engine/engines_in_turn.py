@@ -1,9 +1,9 @@
 """Engines one after another in one process: `python engines_in_turn.py JOB RESULT`, JSON files.
 
-Job: a list of `llm` (arguments of `LLM`), `prompts` (token ids), `max_tokens`, and `replaces`,
-whether weights get new storage with other values before the prompts are asked again. Result: for
-each engine and each time of asking the answers: `tokens`, and `first`, the best first tokens' log
-probabilities.
+Job: a list of `llm` (arguments of `LLM`), `prompts` (token ids), `max_tokens`, and `again`: why the
+prompts are asked twice, "cached", or "replaced", with weights in new storage and of other values
+before; or None. Result: for each engine and each time of asking the answers: `tokens`; `first`, the
+best first tokens' log probabilities; `cached`, how many tokens of the prompt were.
 """
 
 import json
@@ -24,22 +24,23 @@ def run(job: dict[str, Any]) -> list[list[dict]]:
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     llm = LLM(**job["llm"])
     asked = [ask(llm, prompts, sampling)]
-    if job["replaces"]:
+    if job["again"] == "replaced":
         llm.collective_rpc(replace_weights)
         llm.reset_prefix_cache()
+    if job["again"]:
         asked.append(ask(llm, prompts, sampling))
     llm.llm_engine.engine_core.shutdown()
     return asked
 
 
 def ask(llm, prompts, sampling) -> list[dict[str, Any]]:
-    outputs = [answer.outputs[0] for answer in llm.generate(prompts, sampling, use_tqdm=False)]
     return [
         {
-            "tokens": list(output.token_ids),
-            "first": {token: entry.logprob for token, entry in output.logprobs[0].items()},
+            "tokens": list(answer.outputs[0].token_ids),
+            "first": {t: entry.logprob for t, entry in answer.outputs[0].logprobs[0].items()},
+            "cached": answer.num_cached_tokens,
         }
-        for output in outputs
+        for answer in llm.generate(prompts, sampling, use_tqdm=False)
     ]
 
 
