@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import transformers
+import vllm.logger
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_ffa_fp8fp8.integration.model_layers import layers_of_model
@@ -89,6 +90,7 @@ def test_layers_beside_windows_that_run(make_model):
 def test_options_without_the_backend_are_told_once(make_model, caplog):
     model, options = make_model("Llama"), {"ffa_fp8fp8": {"delta": 5.0}}
     engine_arguments(model).create_engine_config()  # the first one configures vLLM's logger
+    vllm.logger._print_warning_once.cache_clear()  # another test may have been told
     logging.getLogger("vllm").addHandler(caplog.handler)
     for _ in range(2):
         engine_arguments(model, additional_config=options).create_engine_config()
