@@ -162,7 +162,10 @@ class Cell:
         return self.shape.floor_bytes(kept, kept_bytes)
 
 
-NOT_OF_DECODE = ("dense_layers", "min_context", "record_skip_ratio", "fused_kproj")
+NOT_OF_DECODE = (
+    "dense_layers", "min_context", "min_request_delta", "max_request_tau", "record_skip_ratio",
+    "metrics", "fused_kproj",
+)  # fmt: skip
 
 
 def describe(config: FFAConfig) -> str:
