@@ -50,6 +50,12 @@ def test_kinds_of_layers(make_model, config, expected):
     assert layers(make_model(config)) == {kind: (*n, ()) for kind, n in expected.items()}
 
 
+def test_windows_of_layers_that_nobody_names_refuse_nothing(make_model):
+    """Which layers have them the model's code knows."""
+    model = make_model("Llama", sliding_window=512)
+    assert layers(model) == {"full_attention": (32, None, ())}
+
+
 def test_windows_that_are_disabled_are_full_attention(make_model):
     found = layers(make_model("Mistral"), disable_sliding_window=True)
     assert found == {"full_attention": (32, None, ())}

@@ -23,6 +23,9 @@ WITH_SOFT_CAP = ("gemma2", "gemma4")
 WITH_ALIBI = ("bloom",)
 """Types of models, or what these begin with, whose layers have that where the model's
 configuration says so, or always."""
+WITH_WINDOWS_EVERYWHERE = ("mistral", "mixtral", "phi3", "starcoder2")
+"""Types of models whose configuration has a window and names no kinds. Of others like that the
+layers are taken for full attention: which of them have the window only their code knows."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def _kinds(model_config: Any) -> Iterator[str]:
     if coded := getattr(text, "attn_type_list", None):
         named = ["attention" if code == 1 else "linear_attention" for code in coded]
     if not named:
-        only = "sliding_window" if has_windows else FULL_ATTENTION
+        everywhere = has_windows and text.model_type in WITH_WINDOWS_EVERYWHERE
+        only = "sliding_window" if everywhere else FULL_ATTENTION
         named = [only] * model_config.get_total_num_hidden_layers()
     for name in named:
         kind = KINDS.get(name, name)
