@@ -63,6 +63,11 @@ def test_series_are_what_was_counted(tmp_path):
     first[0] = torch.tensor(ROW) + 5
     metrics.flush()
     assert totals(tmp_path)["total_blocks"] == 21 + 15
+    first[0] = -7  # whatever a sleeping engine's memory became
+    metrics.flush()
+    first[0] += torch.tensor(ROW)
+    metrics.flush()
+    assert totals(tmp_path)["total_blocks"] == 21 + 15 + 10
 
 
 def test_by_threshold_no_mass_is_shown(tmp_path):

@@ -111,6 +111,8 @@ class WorkerMetrics:
         self.is_pending = False
         new = self.copied - self.known
         self.known.copy_(self.copied)
+        if (new < 0).any():  # an engine that slept gave up their memory
+            return
         if new[:, COUNTERS.index("total")].any() or new[:, COUNTERS.index("short")].any():
             self.file.add(series(new, self.bytes, self.rule))
 
