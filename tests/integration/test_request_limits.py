@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,11 +84,11 @@ def test_rows_of_the_v1_runner_follow_its_order():
 def test_rows_of_the_v2_runner_follow_its_slots():
     limits, slots = RequestLimits(), {"a": 3, "b": 0, "c": 3}
     limits.note_v2(step(request("a", ffa_tau=0.5), request("b")), slots)
-    assert limits.of_batch([0, 3]) == [None, 0.5]
-    assert limits.of_batch([3, 0]) == [0.5, None]
+    assert limits.of_batch(np.array([0, 3])) == [None, 0.5]
+    assert limits.of_batch(np.array([3, 0])) == [0.5, None]
     assert limits.of_batch(None) == [0.5, None]  # a draft's batch
     limits.note_v2(step(request("c"), finished=["a"]), slots)
-    assert limits.of_batch([3, 0]) == limits.of_batch(None) == []
+    assert limits.of_batch(np.array([3, 0])) == limits.of_batch(None) == []
 
 
 def test_a_pooling_request_asks_for_nothing():

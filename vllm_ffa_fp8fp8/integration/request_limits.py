@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_ffa_fp8fp8.option_values import RULES, is_int
 
 if TYPE_CHECKING:  # every vLLM process of this environment loads this module
+    import numpy as np
+
     from vllm_ffa_fp8fp8.config import FFAConfig
 
 PREFIX = "ffa_"
@@ -24,7 +26,7 @@ class RequestLimits:
         self._of_slot: dict[int, float] = {}  # by the slots of the V2 model runner
         self._rows: list[float | None] = []
 
-    def of_batch(self, slots: Sequence[int] | None) -> list[float | None]:
+    def of_batch(self, slots: "np.ndarray | None") -> list[float | None]:
         """Of a batch, row by row; rows that are missing at the end asked for nothing.
 
         `slots`: `CommonAttentionMetadata.req_idx`. None is the order of the step: of V1, or of the
@@ -32,7 +34,7 @@ class RequestLimits:
         """
         if slots is not None:
             asked = self._of_slot
-            self._rows = [asked.get(int(slot)) for slot in slots] if asked else []
+            self._rows = [asked.get(slot) for slot in slots.tolist()] if asked else []
         return self._rows
 
     def note_v1(self, scheduler_output: Any, req_ids: Sequence[str]) -> None:
