@@ -9,6 +9,12 @@ from vllm_ffa_fp8fp8.commands import cli, doctor_model, findings
 from vllm_ffa_fp8fp8.commands.doctor_model import examine_model, ranges
 
 
+@pytest.fixture(autouse=True)
+def usual_logs(monkeypatch):
+    """Doctor quietens vLLM for its whole process, which here is that of the other tests too."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+
+
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """Makes the folder of a configuration, without weights and tokenizer."""
