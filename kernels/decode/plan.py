@@ -156,7 +156,11 @@ class DecodePlan:
         assert self.num_items == limits.max_items, "this is a plan that was cut to a batch"
         tuning = limits.tuning_of(num_reqs)
         num_items = limits.num_items(num_reqs)
-        item_tokens = tuning.item_tokens if limits.prunes else tuning.dense_item_tokens
+        item_tokens = {
+            "none": tuning.dense_item_tokens,
+            "threshold": tuning.item_tokens,
+            "share": tuning.share_item_tokens,
+        }[limits.rule]
         items = 32
         launch(
             _decode_plan_kernel, (triton.cdiv(num_items, items),),

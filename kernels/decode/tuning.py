@@ -17,7 +17,8 @@ class DecodeTuning:
         waves: how many times in a row, at most, the GPU is filled with work items.
         item_tokens: tokens of a work item, at most, as far as `waves` allow, where blocks are
             pruned: heads keep more or less, and a program that is done early takes the next item.
-        dense_item_tokens: the same where nothing is.
+        share_item_tokens, dense_item_tokens: the same where blocks are drawn, and where nothing is
+            pruned.
         min_blocks: work items have at least so many blocks.
         item_overhead: blocks that could be read in the time that an item costs beside its blocks.
         chunk_blocks: blocks that a program scans before it attends to those it keeps; a power of
@@ -37,6 +38,7 @@ class DecodeTuning:
     dense_programs_per_processor: int = 2
     waves: int = 4
     item_tokens: int = 8192
+    share_item_tokens: int = 16384
     dense_item_tokens: int = 2048
     min_blocks: int = 4
     item_overhead: int = 6
