@@ -40,10 +40,9 @@ SHORTEST = 512
 """Tokens that planted scores need."""
 TUNING_FIELDS = (
     "programs_per_processor", "dense_programs_per_processor", "waves", "item_tokens",
-    "share_item_tokens", "dense_item_tokens", "min_blocks", "item_overhead", "chunk_blocks", "scan_tokens",
-    "scan_stages", "attend_stages", "share_stages", "dense_stages", "merge_rows", "num_warps",
-    "max_registers",
-    "score_bytes",
+    "share_item_tokens", "dense_item_tokens", "min_blocks", "item_overhead", "chunk_blocks",
+    "scan_tokens", "scan_stages", "attend_stages", "share_stages", "dense_stages", "merge_rows",
+    "num_warps", "max_registers", "score_bytes",
 )  # fmt: skip
 """Of `DecodeTuning`, which help cannot ask: it needs Triton."""
 
