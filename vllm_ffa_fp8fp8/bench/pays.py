@@ -23,7 +23,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Timed:
     """Rows of one GPU and stack, short contexts first."""
 
     rows: list[Row]
@@ -38,7 +38,7 @@ class Figures:
         return min(faster, default=None)
 
 
-def figures_of(folder: Path, group: int, head_size: int) -> Figures | None:
+def figures_of(folder: Path, group: int, head_size: int) -> Timed | None:
     """The newest figures of models with so many query heads a KV head, and heads of that size;
     None where nothing was measured."""
     for source in Published(folder).of(DECODE):
@@ -46,7 +46,7 @@ def figures_of(folder: Path, group: int, head_size: int) -> Figures | None:
         rows = [row for cell in ours if (row := _row(source, cell)) is not None]
         if rows:
             rows.sort(key=lambda row: (row.tokens, row.batch))
-            return Figures(rows, ours[0].shape.geometry, source)
+            return Timed(rows, ours[0].shape.geometry, source)
     return None
 
 
