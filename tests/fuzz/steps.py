@@ -9,6 +9,7 @@ from layer import CPU, HEAD_SIZE, MAX_LEN, MAX_REQS, Shape, make_layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
+from vllm_ffa_fp8fp8.kernels.decode.attention import dealt
 from vllm_ffa_fp8fp8.kernels.reference import (
     decode_attention_reference,
     gather_kv_reference,
@@ -218,7 +219,7 @@ class Engine:
         """Each decode beside the oracle, and the counters of all whose decisions are sure."""
         if not metadata.num_decodes:
             return
-        oracles = [self.oracle(metadata, query, sign * ROUNDING) for sign in (-1, 1)]
+        oracles = [self.oracle(metadata, query, shift) for shift in (-ROUNDING, ROUNDING)]
         (fewer, kept, _), (more, kept_more, counters) = oracles
         starts = metadata.query_start_loc
         starts = range(len(kept) + 1) if starts is None else starts.tolist()
@@ -229,18 +230,23 @@ class Engine:
             errors = [self.error(output[rows], truth[rows]) for truth in (fewer, more)]
             assert min(errors) <= TOLERANCE[self.shape.dtype], f"decode {request}: {errors}"
         if all(sure):
-            assert self.impl.counters[:, :3].equal(counters[:, :3])
+            assert self.impl.counters[:, :4].equal(counters[:, :4])
 
     def oracle(self, metadata, query: torch.Tensor, shift: float):
-        """Output in float64, blocks kept, and counters, with a limit that is so much larger."""
-        config, limit = self.impl.config, metadata.limit
+        """Output in float64, blocks kept, and counters, with limits that are so much larger: in
+        log2 units, or, by share, as a fraction."""
+        config, limit = self.impl.config, {"delta": None}
+        if metadata.limit is not None and config.rule == "share":
+            shared = dealt(metadata.plan, self.planes, self.shape.dtype)
+            limit = {"tau": metadata.limit * (1 + shift), "dealt": shared}
+        elif metadata.limit is not None:
+            limit = {"delta": metadata.limit + shift}
         counters = new_counters(self.shape.num_kv_heads, CPU)
         output, kept = decode_attention_reference(
             query[: metadata.num_decode_tokens], self.planes, metadata.block_table,
             metadata.seq_lens, block_size=metadata.block_size, scale=self.impl.scale,
-            delta=None if limit is None else limit + shift,
             query_start_loc=metadata.query_start_loc, min_context=config.min_context,
-            counters=counters, dtype=torch.float64,
+            counters=counters, dtype=torch.float64, **limit,
         )  # fmt: skip
         return output, kept, counters
 

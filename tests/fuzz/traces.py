@@ -18,14 +18,14 @@ PAGES_AND_BLOCKS = [(16, 16), (32, 16), (32, 32), (64, 32), (64, 64), (48, 16)]
 @st.composite
 def shapes(draw, limits) -> Shape:
     page_size, block_size = draw(st.sampled_from(PAGES_AND_BLOCKS))
-    flag = st.booleans()
     options = draw(limits) | {
         "block_size": block_size,
         "min_context": draw(st.sampled_from([0, 40])),
         "use_fp8_residual": draw(st.sampled_from([True, True, False])),
         "v_cache_dtype": draw(st.sampled_from(["auto", "auto", "fp8"])),
-        "precomputed_threshold": draw(flag),
     }
+    if "delta" in options:
+        options["precomputed_threshold"] = draw(st.booleans())
     return Shape(
         options,
         page_size,
