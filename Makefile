@@ -9,10 +9,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 # Set-up writes no .pyc files: the first import does, unless this variable forbids it, and every one is slow then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo eval test test-fast serve doctor lint check-compiled tables gpu-test bench bench-decode bench-serving bench-kproj clean
+.PHONY: help setup demo eval test test-fast fuzz soak serve doctor lint check-compiled tables gpu-test bench bench-decode bench-serving bench-kproj clean
 
 help:
-	@echo "make setup | demo | eval | test | test-fast | serve | doctor | lint | check-compiled | tables | gpu-test | bench | clean"
+	@echo "make setup | demo | eval | test | test-fast | fuzz | soak | serve | doctor | lint | check-compiled | tables | gpu-test | bench | clean"
 	@echo "PYTHON=... picks the interpreter of the set-up, PORT=... the port of serve, MODEL=... the model of demo, eval and serve, ARGS='...' adds arguments."
 
 setup: $(READY)
@@ -35,6 +35,12 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" $(ARGS)
+
+fuzz: $(READY)
+	FFA_FUZZ_CASES=20000 FFA_FUZZ_SEED=$${FFA_FUZZ_SEED:-$$$$} $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 0 -rP tests/fuzz $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python scripts/soak.py --model $(MODEL) --minutes 3 $(ARGS)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -m gpu -n 4 --dist loadgroup --no-loadscope-reorder tests/engine tests/kernels $(ARGS)

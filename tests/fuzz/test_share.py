@@ -8,5 +8,6 @@ TAUS = st.floats(0.0078125, 0.5, width=32)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_request_of_every_step_is_right():
     fuzz(st.builds(lambda tau: {"rule": "share", "tau": tau}, TAUS), CASES // 2)
