@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from vllm_ffa_fp8fp8.commands.demo_prompts import source_lines
 
-LENGTHS = (1, 129, 300, 1100)
+LENGTHS = (1, 129, 1100)
 LENGTHS_GPU = (1, 2, 15, 17, 63, 65, 129, 257, 500, 1000, 1500, 2049, 4000)
 OTHER_KINDS = {
     "Gemma3Text": "sliding_window (5 layers)",
