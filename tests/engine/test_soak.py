@@ -33,7 +33,7 @@ def test_traffic_in_miniature(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("drafts", ["0", "4"])
+@pytest.mark.parametrize("drafts", ["0", "4", "7"])
 def test_two_minutes_of_traffic_on_a_gpu(tmp_path, drafts):
     limits = ("--minutes", "2", "--max-model-len", "20000", "--drafts", drafts)
     table = soak(tmp_path / "table.json", *limits)
