@@ -12,6 +12,7 @@ from steps import Arrival, Engine, Step
 CASES = int(os.environ.get("FFA_FUZZ_CASES", "2000"))
 SEED = int(os.environ.get("FFA_FUZZ_SEED", "0"))
 
+PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
 PAGES_AND_BLOCKS = [(16, 16), (32, 16), (32, 32), (64, 32), (64, 64), (48, 16)]
 
 
@@ -67,7 +68,7 @@ def fuzz(limits, cases: int) -> None:
     of the options that say how much is skipped."""
     counted = {"cases": 0, "unsure": 0, "engines": 0}
 
-    @settings(max_examples=20, deadline=None, database=None, report_multiple_bugs=False)
+    @settings(max_examples=10, deadline=None, database=None, phases=PHASES)
     @given(trace=traces(limits))
     def check(trace):
         shape, run, seed = trace
