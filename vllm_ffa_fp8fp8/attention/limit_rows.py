@@ -13,6 +13,12 @@ class LimitRows:
         self.tensor = torch.full((num_reqs,), limit, dtype=torch.float32, device=device)
         self._asked: list[float | None] = []
 
+    def change(self, limit: float) -> None:
+        """Another limit of the engine, in place; waits for the device."""
+        self.limit, self._asked = limit, []
+        self.tensor.fill_(limit)
+        self.tensor.tolist()
+
     def update(self, asked: Sequence[float | None]) -> torch.Tensor:
         """The tensor, with what the rows asked for in place of the engine's limit; None, and rows
         that are missing at the end, have that. Does not wait for the device, and does nothing

@@ -34,8 +34,7 @@ class BenchWorkerExtension(WorkerExtension):
             if isinstance(builder, FFAFP8FP8MetadataBuilder) and builder.limits is not None
         ]
         for builder in builders:
-            builder.limits.tensor.fill_(limit_of(builder.rule))
-            builder.limits.tensor.tolist()  # waits for it
+            builder.limits.change(limit_of(builder.rule))
         return len(builders)
 
     def ffa_backend_names(self) -> str:

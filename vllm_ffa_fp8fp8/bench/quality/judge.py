@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 PROCESSOR = "vllm_ffa_fp8fp8.bench.quality.judge:TextJudge"
-EXTRA_ARG = "ffa_judged_text"
+EXTRA_ARG = "judged_text"
 FIGURES = ("kl", "agrees", "loss")
 """Of a token: KL divergence from the reference, nats; 1 where both have the same best token, else
 0; what the text's token costs, nats."""
