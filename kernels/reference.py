@@ -140,6 +140,16 @@ def _group_rows(tokens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return tokens.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
+def _sinks_of_rows(
+    sinks: torch.Tensor | None, rows: torch.Tensor, query_len: int
+) -> torch.Tensor:
+    """The sink of each row of each KV group, natural units, `[num_kv_heads, num_rows]`; -inf for
+    none."""
+    if sinks is None:
+        return torch.full_like(rows[..., 0], -math.inf)
+    return sinks.to(rows).view(rows.shape[0], -1).repeat(1, query_len)
+
+
 def _unseen(seq_len: int, query_len: int, num_rows: int, device: torch.device) -> torch.Tensor:
     """Which tokens come after a group's row, bool `[num_rows, seq_len]`."""
     positions = torch.arange(seq_len, device=device)
@@ -157,6 +167,7 @@ def decode_attention_reference(
     scale: float,
     delta: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     layer: int = 0,
     dealt: Sequence[Mapping[str, int]] | None = None,
     query_start_loc: torch.Tensor | None = None,
@@ -199,6 +210,7 @@ def decode_attention_reference(
         limit = delta if tau is None else tau
         limit = math.inf if limit is None else float(limit[request % limit.shape[0]])
         counts = torch.zeros(rows.shape[:2] + (1,), dtype=dtype, device=query.device)
+        sink = _sinks_of_rows(sinks, rows, query_len)
         choice = None
         if limit < math.inf and seq_len >= min_context:
             scores = rows @ _widen(base, dtype).mT * scale_log2
@@ -209,7 +221,7 @@ def decode_attention_reference(
                 shared = dealt[request] if dealt else {}
                 choice = choose_blocks_reference(
                     scores, query_len, limit, block_size=block_size, layer=layer,
-                    anchor_tokens=anchor_tokens, **shared,
+                    anchor_tokens=anchor_tokens, sinks=sink * math.log2(math.e), **shared,
                 )
                 keep[:] = (choice.weights > -math.inf).any(1)
                 counts = choice.weights.repeat_interleave(rows.shape[1] // query_len, dim=1)
@@ -220,6 +232,7 @@ def decode_attention_reference(
                     threshold = torch.maximum(first.amax(-1), last.amax(-1)) - limit
                 else:
                     threshold = _group_rows(precomputed_threshold[new].to(dtype), num_kv_heads)
+                threshold = torch.maximum(threshold, sink * math.log2(math.e) - limit)
                 above = (scores >= threshold[..., None]).any(1)  # [num_kv_heads, seq_len]
                 above = F.pad(above, (0, num_blocks * block_size - seq_len))
                 keep[:] = above.view(num_kv_heads, num_blocks, block_size).any(-1)
@@ -241,7 +254,8 @@ def decode_attention_reference(
             chosen_value = join_value_reference(
                 _rows(value, head, chosen), _rows(value_exponent, head, chosen), dtype
             )
-            result[head] = torch.softmax(scores, dim=-1) @ chosen_value
+            scores = torch.cat([sink[head, :, None], scores], dim=1)
+            result[head] = torch.softmax(scores, dim=-1)[:, 1:] @ chosen_value
         output[new] = result.unflatten(1, (query_len, -1)).transpose(0, 1).flatten(1, 2)
         if counters is not None:
             if seq_len < min_context:

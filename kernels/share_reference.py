@@ -73,10 +73,14 @@ def draw_dealt_reference(
 
 
 def share_reference(
-    scores: torch.Tensor, block_size: int, anchor_tokens: int = 16
+    scores: torch.Tensor,
+    block_size: int,
+    anchor_tokens: int = 16,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each block's part of the softmax's denominator, `[..., num_blocks]`, of base scores, log2
-    units, `[..., seq_len]`; and whether it has MOST_MASS, which counts as that in denominators."""
+    units, `[..., seq_len]`; and whether it has MOST_MASS, which counts as that in denominators.
+    `sinks`, log2 units, `[...]`, are in the denominator, too."""
     num_blocks = -(-scores.shape[-1] // block_size)
     anchors = torch.cat([scores[..., :anchor_tokens], scores[..., -anchor_tokens:]], dim=-1)
     reference = anchors.amax(-1, keepdim=True)
@@ -85,7 +89,10 @@ def share_reference(
     masses = masses.unflatten(-1, (num_blocks, block_size)).sum(-1)
     most = ~(masses < MOST_MASS)
     masses = masses.masked_fill(most, MOST_MASS)
-    return masses / masses.sum(-1, keepdim=True), most
+    total = masses.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks[..., None] - reference).exp2().clamp(max=MOST_MASS)
+    return masses / total, most
 
 
 class Choice(NamedTuple):
@@ -107,6 +114,7 @@ def choose_blocks_reference(
     block_size: int,
     layer: int = 0,
     anchor_tokens: int = 16,
+    sinks: torch.Tensor | None = None,
     span: int | None = None,
     num_items: int = 1,
     chunk_spans: int | None = None,
@@ -118,13 +126,14 @@ def choose_blocks_reference(
             a row does not see a token.
         tau: the share of the softmax from which on a block is read for sure; see
             `decode_attention`.
+        sinks: log2 units, `[num_kv_heads, query_len * group]`.
         span: tokens that are dealt out together, `block_size` or a multiple.
         num_items: programs that share the request, each of which has every `num_items`-th span and
             draws by itself.
         chunk_spans: spans that a program draws from at a time; None: all.
     """
     num_kv_heads, _, seq_len = scores.shape
-    parts, most = share_reference(scores, block_size, anchor_tokens)
+    parts, most = share_reference(scores, block_size, anchor_tokens, sinks)
     parts, most = parts.unflatten(1, (query_len, -1)), most.unflatten(1, (query_len, -1))
     num_blocks = parts.shape[-1]
     places = torch.arange(num_blocks, device=scores.device)

@@ -55,6 +55,25 @@ def narrow(values, FIRST: tl.constexpr, ROWS_PADDED: tl.constexpr):
 
 
 @triton.jit
+def begin_softmax(
+    sinks, is_first, HAS_SINKS: tl.constexpr, TOKENS: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr
+):
+    """The state of `softmax_update` before any token: nothing, and in the first item of a request
+    the `sinks`, log2 units, `[ROWS_PADDED]`, which are like a token whose value is 0."""
+    ROWS_PADDED: tl.constexpr = sinks.shape[0]
+    accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
+    weight_sums = tl.zeros([TOKENS, ROWS_PADDED], tl.float32)
+    reference = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        sinks = tl.where(is_first, sinks, float("-inf"))
+        reference = tl.ceil(sinks)
+        weights = tl.exp2(sinks - tl.where(reference == float("-inf"), 0.0, reference))
+        is_first_token = (tl.arange(0, TOKENS) == 0)[:, None]
+        weight_sums += tl.where(is_first_token, weights[None, :], 0.0)
+    return accumulator, weight_sums, reference
+
+
+@triton.jit
 def raise_reference(accumulator, weight_sums, reference, largest):
     """Moves a running softmax to a reference of at least `largest`, `[ROWS_PADDED]`.
 

@@ -33,6 +33,7 @@ def decode_attention(
     scale: float,
     delta: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     layer: int = 0,
     query_start_loc: torch.Tensor | None = None,
     query_len: int | None = None,
@@ -75,6 +76,8 @@ def decode_attention(
         tau: float32 `[num_reqs]` or `[1]`, a share of the softmax, 0 to read everything. Not
             beside `delta`, and as the plan's limits have their `rule`; neither: no request is
             pruned.
+        sinks: `[num_heads]`, natural units, contiguous: of each head a score that takes part in the
+            softmax, and in what is skipped, and has no value; None: none.
         layer: tells the draws of layers apart.
         min_context: requests with fewer tokens run unpruned.
         precomputed_threshold: a tensor: thresholds, float32 `[num_tokens, num_heads]`,
@@ -106,6 +109,7 @@ def decode_attention(
     rule = "none" if limit is None else "threshold" if tau is None else "share"
     assert rule in ("none", limits.rule)
     assert limit is None or limit.shape[0] in (1, num_reqs)
+    assert sinks is None or (sinks.shape == (num_heads,) and sinks.is_contiguous())
     counters_shape = (num_kv_heads, len(COUNTERS))
     assert counters is None or (counters.shape == counters_shape and counters.is_contiguous())
     assert block_table.stride(1) == 1 and planes.page_size % ANCHOR_TOKENS.value == 0
@@ -156,9 +160,9 @@ def decode_attention(
     if rule != "share":
         launch(
             decode_kernel, grid, head_rows(output), scratch, plan.work, plan.arrivals,
-            threshold_ptr=threshold, min_context=min_context, counters_ptr=counters,
-            BLOCK=block_shape(limits.span, planes.page_size), PRUNE=rule != "none",
-            VALUE_DTYPE=value_dtype, **pdl, **tunings, **common,
+            threshold_ptr=threshold, sinks_ptr=sinks, min_context=min_context,
+            counters_ptr=counters, BLOCK=block_shape(limits.span, planes.page_size),
+            PRUNE=rule != "none", VALUE_DTYPE=value_dtype, **pdl, **tunings, **common,
         )
         return
     common |= {
@@ -169,7 +173,7 @@ def decode_attention(
     launch(weigh_kernel, grid, scratch, plan.work, plan.mass_places, **pdl, **tunings, **common)
     launch(
         draw_kernel, grid, head_rows(output), scratch, plan.work, plan.mass_places, plan.arrivals,
-        layer=layer, counters_ptr=counters, VALUE_DTYPE=value_dtype,
+        layer=layer, sinks_ptr=sinks, counters_ptr=counters, VALUE_DTYPE=value_dtype,
         **pdl_arguments(query.device), **tunings, **common,
     )
 

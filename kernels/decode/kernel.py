@@ -7,11 +7,11 @@ import triton.language as tl
 
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
-from .attend import attend_blocks, num_kept, raise_reference
+from .attend import attend_blocks, begin_softmax, num_kept, raise_reference
 from .early import prefetch_anchors, prefetch_tile
 from .merge import count_item, hand_over
 from .plan import load_item
-from .query import load_query, query_rows, query_span, split_query
+from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
 
 
@@ -43,6 +43,7 @@ def decode_kernel(
     block_table_stride,
     query_start_loc_ptr,
     threshold_ptr,  # None: every program finds it
+    sinks_ptr,
     limit_ptr,  # delta
     limit_stride,
     scale_log2,
@@ -96,6 +97,7 @@ def decode_kernel(
         # up to here nothing is read that the kernel ahead writes, and nothing written
         tl.extra.cuda.gdc_wait()
     rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
+    sinks = load_sinks(sinks_ptr, kv_head, row_heads, row_exists, QUERY)
     seen_by_all = seq_len - query_len + 1
     limits = seen_by_all + row_tokens
     # loads first, so that they wait for memory together
@@ -118,12 +120,14 @@ def decode_kernel(
             row_places = (token + row_tokens) * NUM_HEADS + kv_head * QUERY.GROUP + row_heads
             threshold = tl.load(threshold_ptr + row_places, mask=row_exists, other=0.0)
             threshold = tl.where(delta == float("inf"), float("-inf"), threshold)
+        if sinks_ptr is not None:
+            threshold = tl.maximum(threshold, sinks - delta)
         # rows that pad the group never keep a block
         threshold = tl.where(row_exists, threshold, float("inf"))
 
-    accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
-    weight_sums = tl.zeros([BLOCK_SIZE, ROWS_PADDED], tl.float32)
-    reference = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
+    accumulator, weight_sums, reference = begin_softmax(
+        sinks, index == 0, sinks_ptr is not None, BLOCK_SIZE, HEAD_SIZE_PADDED
+    )
     # What the scan finds is a reference for free, where the block that has it is kept for sure and
     # weights have room for what the residual adds.
     RAISE: tl.constexpr = (not FIND_ANCHORS) or VALUE_DTYPE == tl.float16

@@ -1,5 +1,6 @@
 """The query rows of one KV group, as the decode kernels take them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import triton.language as tl
 
 from ..cache.fp8_split import exponent_to_scale, round_to_e4m3, scale_rows
 
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 PART_SCALE: tl.constexpr = tl.constexpr(32.0)
 """Factor between one part of a query and the next: a part's rounding error, at most 2^3 beside
 elements of at most 2^8, becomes at most 2^8."""
@@ -58,6 +60,18 @@ def query_rows(query_len, GROUP: tl.constexpr, ROWS_PADDED: tl.constexpr):
     whether it exists."""
     rows = tl.arange(0, ROWS_PADDED)
     return rows // GROUP, rows % GROUP, rows < GROUP * query_len
+
+
+@triton.jit
+def load_sinks(sinks_ptr, kv_head, row_heads, row_exists, QUERY: tl.constexpr):
+    """Scores of the sinks of a KV head's rows, log2 units, float32 `[ROWS_PADDED]`; -inf for none.
+    `row_heads, row_exists`: of `query_rows`."""
+    sinks = tl.full([QUERY.ROWS_PADDED], float("-inf"), tl.float32)
+    if sinks_ptr is not None:
+        heads = kv_head * QUERY.GROUP + row_heads
+        sinks = tl.load(sinks_ptr + heads, mask=row_exists, other=float("-inf"))
+        sinks = sinks.to(tl.float32) * LOG2_E
+    return sinks
 
 
 @triton.jit

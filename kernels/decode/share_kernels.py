@@ -5,14 +5,14 @@ import triton.language as tl
 
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
-from .attend import attend_runs, largest_scores, raise_reference, run_tile
+from .attend import attend_runs, begin_softmax, largest_scores, raise_reference, run_tile
 from .early import prefetch_anchors, prefetch_tile
 from .limits import list_numbers
 from .merge import count_item, hand_over
 from .plan import load_item
-from .query import load_query, query_rows, query_span, split_query
+from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .scan import anchor_scores, load_anchor_pages, load_anchors
-from .share import choose_blocks, weigh_blocks
+from .share import MOST_MASS, choose_blocks, weigh_blocks
 
 
 @triton.jit
@@ -156,6 +156,7 @@ def draw_kernel(
     block_table_ptr,
     block_table_stride,
     query_start_loc_ptr,
+    sinks_ptr,
     limit_ptr,
     limit_stride,
     scale_log2,
@@ -192,7 +193,8 @@ def draw_kernel(
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     token, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)
-    row_tokens, _, _ = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
+    row_tokens, row_heads, row_exists = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
+    sinks = load_sinks(sinks_ptr, kv_head, row_heads, row_exists, QUERY)
     request_spans = (seq_len + SPAN_SIZE - 1) // SPAN_SIZE
     num_spans = (request_spans - index + num_items - 1) // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
@@ -210,6 +212,8 @@ def draw_kernel(
     _, references_ptr = sums_of_items(scratch, item, kv_head, QUERY)
     row_places = tl.arange(0, ROWS_PADDED)
     anchor_score = tl.load(references_ptr + row_places, mask=row_places < QUERY.ROWS, other=0.0)
+    if sinks_ptr is not None:
+        denominators += tl.minimum(tl.exp2(sinks - anchor_score), MOST_MASS)
     masses_ptr, stride = masses_of_item(
         scratch, mass_place, kv_head, (request_spans + num_items - 1) // num_items, QUERY, BLOCKS
     )
@@ -218,9 +222,9 @@ def draw_kernel(
     weights_ptr = scratch.scores + place * (CHUNK_SPANS * LIST)
     runs_ptr = (weights_ptr + SLOTS * QUERY.QUERY_LEN).to(tl.pointer_type(tl.int32))
 
-    accumulator = tl.zeros([HEAD_SIZE_PADDED, max(16, ROWS_PADDED)], tl.float32)
-    weight_sums = tl.zeros([run_tile(BLOCK), ROWS_PADDED], tl.float32)
-    reference = tl.full([ROWS_PADDED], float("-inf"), tl.float32)
+    accumulator, weight_sums, reference = begin_softmax(
+        sinks, index == 0, sinks_ptr is not None, run_tile(BLOCK), HEAD_SIZE_PADDED
+    )
     # no score is above the denominator, and bfloat16 weights have room for what the residual adds
     RAISE: tl.constexpr = VALUE_DTYPE == tl.float16
     num_blocks = tl.zeros([], tl.int32)

@@ -76,6 +76,7 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
         num_kv_heads=engine.num_kv_heads,
         head_size=HEAD_SIZE,
         scale=0.125,
+        sinks=None,
         layer_index=0,
         config=options,
         vllm_config=config,

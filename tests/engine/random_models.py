@@ -68,6 +68,7 @@ SHARPENED = {
 }
 """What makes queries SHARPNESS times as long, so that some keys score far above others."""
 SHARPNESS = 7.0
+SINKS = 8.0
 
 
 def make_model(architecture: str, folder: Path, **shape: Any) -> dict[str, str]:
@@ -87,6 +88,8 @@ def make_model(architecture: str, folder: Path, **shape: Any) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.normal_(mean=1.0 - offset if "norm" in name else 0.0, std=0.3)
+        if name.endswith("sinks"):  # as high as the best keys
+            parameter.data += SINKS
         if SHARPENED.get(architecture) in name.split("."):
             parameter.data = SHARPNESS * (parameter.data + offset) - offset
     model.to(torch.bfloat16).save_pretrained(folder)

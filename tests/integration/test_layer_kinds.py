@@ -98,12 +98,10 @@ def test_windows_that_are_asked_of_it_are_refused_with_a_way_out():
     assert backends(engine_config(attention_backend=OURS), WINDOW) == ["CPU_ATTN"]  # the way out
 
 
-def test_sinks_of_windows_are_not_its_matter():
+def test_sinks_change_no_choice():
     vllm_config = engine_config(attention_backend=OURS)
     sinks_of_windows = (Attention, SINKS[1] | WINDOW[1])
-    assert backends(vllm_config, sinks_of_windows) == ["CPU_ATTN"]
-    with pytest.raises(ValueError, match="does not support full attention with sinks"):
-        backends(vllm_config, SINKS)
+    assert backends(vllm_config, sinks_of_windows, SINKS) == ["CPU_ATTN", OURS]
 
 
 def test_a_model_without_full_attention():

@@ -59,7 +59,11 @@ REFUSED_LAYERS = [
     ({"attn_type": "encoder_decoder"}, "cross attention", "FLASH_ATTN"),
     ({"attn_type": "tree"}, "attention type 'tree'", "FLASH_ATTN"),
     ({"use_mla": True}, "MLA", "FLASH_ATTN"),
-    ({"has_sink": True}, "full attention with sinks", "FLASH_ATTN"),
+    (
+        {"has_sink": True, "device_capability": DeviceCapability(8, 9)},
+        "attention with sinks before compute capability 9.0",
+        "FLASH_ATTN",
+    ),
     ({"use_sparse": True}, "sparse attention", "FLASH_ATTN"),
     ({"use_mm_prefix": True}, "mm_prefix", "--language-model-only"),
     ({"use_per_head_quant_scales": True}, "per-head KV cache scales", "checkpoint without them"),
@@ -85,7 +89,6 @@ REFUSED_IMPL_ARGUMENTS = [
     ({"alibi_slopes": [0.5]}, "ALiBi", "FLASH_ATTN"),
     ({"logits_soft_cap": 30.0}, "logits_soft_cap 30.0", "FLASH_ATTN"),
     ({"sliding_window": 4096}, r"sliding window attention \(4096 tokens\)", OTHER_KIND),
-    ({"sinks": torch.zeros(8)}, "sinks", "FLASH_ATTN"),
     ({"attn_type": AttentionType.ENCODER_DECODER}, "cross attention", "FLASH_ATTN"),
     ({"kv_sharing_target_layer_name": "model.layers.3"}, "model.layers.3", "FLASH_ATTN"),
     ({"num_kv_heads": 3}, "8 query heads over 3 KV heads", "1 to 16 query heads"),
@@ -140,12 +143,14 @@ def test_supported_devices_and_pages():
         {"block_size": 16},
         {"block_size": 48},
         {"use_batch_invariant": True},
+        {"has_sink": True},
+        {"has_sink": True, "device_capability": None},
     ):
         assert refusals.refusal_reasons(**PLAIN_LAYER | changes) == []
 
 
 def test_every_reason_is_given():
-    reasons = refusals.refusal_reasons(**PLAIN_LAYER | {"head_size": 72, "has_sink": True})
+    reasons = refusals.refusal_reasons(**PLAIN_LAYER | {"head_size": 72, "use_mla": True})
     assert len(reasons) == 2
 
 
@@ -171,7 +176,7 @@ def test_supported_impl_arguments(num_heads, num_kv_heads):
         num_kv_heads=num_kv_heads,
         logits_soft_cap=0.0,
         attn_type=AttentionType.DECODER,
-        sinks=None,
+        sinks=torch.zeros(num_heads),
         use_alibi_sqrt=False,
     )
 

@@ -372,10 +372,10 @@ def test_cpu_platform_answers_our_class(log):
 @on_cpu
 def test_cpu_platform_refuses_like_cuda(log):
     backend = AttentionBackendEnum["FFA_FP8FP8"]
-    config = layer(head_size=72, kv_cache_dtype="fp8", has_sink=True)
+    config = layer(head_size=72, kv_cache_dtype="fp8", use_mla=True)
     with pytest.raises(ValueError, match="Selected backend .*FFA_FP8FP8 is not valid") as raised:
         current_platform.get_attn_backend_cls(backend, attn_selector_config=config)
-    for what in ("head_size 72", "kv_cache_dtype 'fp8'", "sinks"):
+    for what in ("head_size 72", "kv_cache_dtype 'fp8'", "MLA"):
         assert what in str(raised.value)
 
 

@@ -55,6 +55,7 @@ class CpuOps:
             metadata.seq_lens,
             block_size=metadata.block_size,
             scale=self.impl.scale,
+            sinks=self.impl.sinks,
             layer=self.impl.layer_index,
             **{RULES[self.impl.config.rule]: limit},
             query_start_loc=metadata.query_start_loc,
@@ -84,8 +85,9 @@ class CpuOps:
                     planes, prefill.block_table[request], context_len, torch.float32
                 )
             output[tokens] = prefill_attention(
-                query[tokens], key[tokens], value[tokens], context, self.impl.scale
-            )
+                query[tokens], key[tokens], value[tokens], context, self.impl.scale,
+                self.impl.sinks,
+            )  # fmt: skip
 
 
 def prefill_attention(
@@ -95,9 +97,11 @@ def prefill_attention(
     context: tuple[torch.Tensor, torch.Tensor]
     | None,  # each [context_len, num_kv_heads, head_size]
     scale: float,
+    sinks: torch.Tensor | None = None,  # [num_heads]
 ) -> torch.Tensor:
     """Causal attention of a request's newest tokens to each other, and to all of their `context`:
-    earlier keys and values, each `[context_len, num_kv_heads, head_size]`.
+    earlier keys and values, each `[context_len, num_kv_heads, head_size]`. `sinks` are scores of
+    each head that have no value.
 
     Two passes without a mask, which costs SDPA more than all else, merged by log-sum-exp.
     """
@@ -106,7 +110,15 @@ def prefill_attention(
         context_output, context_log_sum = _attend(query, *context, scale, is_causal=False)
         weight = torch.sigmoid(context_log_sum - log_sum)[..., None]
         output = torch.lerp(output, context_output, weight)
+        log_sum = torch.logaddexp(log_sum, context_log_sum)
+    if sinks is not None:
+        output = output * torch.sigmoid(log_sum - _of_heads(sinks, log_sum))[..., None]
     return output.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _of_heads(sinks: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:
+    """`sinks` beside `log_sum`, `[num_kv_heads, group, query_len]`."""
+    return sinks.to(log_sum).view(*log_sum.shape[:2], 1)
 
 
 def _attend(

@@ -44,7 +44,9 @@ class CudaOps:
         self.arrived: torch.Tensor | None = None  # counters of `project_rope_and_write`
         self.projection_tuning: ProjectionTuning | None = None
         self.batch_invariant = envs.batch_invariant()
-        self.flash_attention = load_flash_attention(impl.head_size, self.batch_invariant)
+        self.flash_attention = load_flash_attention(
+            impl.head_size, self.batch_invariant, impl.sinks
+        )
 
     def decode_limits(self, block_size: int) -> DecodeLimits:
         impl = self.impl
@@ -139,6 +141,7 @@ class CudaOps:
             DecodeScratch(*self._workspace(query.device, *metadata.plan.limits.scratch_shapes)),
             output,
             scale=self.impl.scale,
+            sinks=self.impl.sinks,
             layer=self.impl.layer_index,
             **{RULES[self.impl.config.rule]: limit},
             query_start_loc=metadata.query_start_loc,

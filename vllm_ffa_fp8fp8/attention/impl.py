@@ -43,6 +43,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             **extra_impl_args,
         )
+        self.sinks: torch.Tensor | None = extra_impl_args.get("sinks")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

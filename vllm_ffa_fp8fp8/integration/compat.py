@@ -27,17 +27,24 @@ def unsupported_vllm(version_tuple: tuple | None = None) -> str | None:
     )
 
 
-def load_flash_attention(head_size: int, batch_invariant: bool = False):
+def load_flash_attention(head_size: int, batch_invariant: bool = False, sinks: Any = None):
     """FlashAttention for prefill on CUDA: the build that vLLM brings, else `flash-attn`.
 
     Returns `attend(query, key, value, cu_query_lens, cu_seq_lens, max_query_len, max_seq_len,
     scale, output)`, causal with the last query at the last key, on packed `[tokens, heads,
     head_size]` tensors. `batch_invariant`: a request's keys are never split among programs, which
-    only vLLM's build can promise. Raises ImportError when there is neither.
+    only vLLM's build can promise. `sinks`, `[num_heads]`: scores without a value, which only its
+    versions 3 and 4 take. Raises ImportError when there is none that can.
     """
     from vllm.v1.attention.backends import fa_utils
 
-    version = fa_utils.get_flash_attn_version(head_size=head_size)
+    has_sinks = sinks is not None
+    version = fa_utils.get_flash_attn_version(head_size=head_size, has_sinks=has_sinks)
+    if has_sinks and version not in (3, 4):
+        raise ImportError(
+            "FFA_FP8FP8 needs FlashAttention 3 or 4 for attention with sinks, and this vLLM brings "
+            "neither for this GPU and head size; choose another --attention-backend"
+        )
     if version is not None:
 
         def attend(query, key, value, cu_query, cu_seq, max_query, max_seq, scale, output):
@@ -45,6 +52,7 @@ def load_flash_attention(head_size: int, batch_invariant: bool = False):
                 query, key, value, max_query, cu_query, max_seq, cu_seq,
                 softmax_scale=scale, causal=True, out=output, fa_version=version,
                 num_splits=int(batch_invariant),  # 0: as many as FlashAttention finds good
+                s_aux=sinks,
             )  # fmt: skip
 
         return attend

@@ -117,13 +117,13 @@ def _reasons(
         use_mla=model_config.use_mla,
         use_mm_prefix=model_config.is_mm_prefix_lm,
         use_rswa=model_config.rswa_window is not None,
+        has_sink=model_type.startswith(WITH_SINKS),
         **engine,
     )
     shared = getattr(text, "num_kv_shared_layers", None) or 0
     first_shared = model_config.get_total_num_hidden_layers() - shared
     arguments = {
         **_heads(model_config, parallel_config),
-        "sinks": True if model_type.startswith(WITH_SINKS) else None,
         "logits_soft_cap": getattr(text, "attn_logit_softcapping", None)
         if model_type.startswith(WITH_SOFT_CAP)
         else None,

@@ -11,6 +11,7 @@ KV_CACHE_DTYPES = (None, "auto", "float16", "bfloat16")
 PAGE_SIZE_BASE = 16
 MAX_GROUP_SIZE = 16
 MIN_COMPUTE_CAPABILITY = (8, 0)
+MIN_CAPABILITY_OF_SINKS = (9, 0)  # FlashAttention 3, which prefill takes
 
 OTHER_BACKEND = "choose another --attention-backend, e.g. FLASH_ATTN"
 OTHER_KIND = (
@@ -27,7 +28,6 @@ ATTENTION_TYPES = {
 # Flags of AttentionBackend.validate_configuration: what each asks for, and what to do.
 UNSUPPORTED_FLAGS = {
     "use_mla": ("MLA (multi-head latent attention)", OTHER_BACKEND),
-    "has_sink": ("full attention with sinks", OTHER_BACKEND),
     "use_sparse": ("sparse attention", OTHER_BACKEND),
     "use_mm_prefix": (
         "full attention over multimodal prefixes (mm_prefix)",
@@ -63,6 +63,7 @@ def refusal_reasons(
     block_size: int | None,
     device_capability: tuple[int, int] | None = None,
     attn_type: str = "decoder",
+    has_sink: bool = False,
     use_batch_invariant: bool = False,
     use_kv_connector: bool = False,  # `check_engine` knows which
     **flags: bool,
@@ -103,6 +104,9 @@ def refusal_reasons(
         reasons.append(
             _text(f"compute capability {found}", f"it needs 8.0 or newer; {OTHER_BACKEND}")
         )
+    if has_sink and device_capability and tuple(device_capability) < MIN_CAPABILITY_OF_SINKS:
+        what = "attention with sinks before compute capability 9.0"
+        reasons.append(_text(what, OTHER_BACKEND))
     if attn_type != "decoder":
         reasons.append(_text(_attention_type(attn_type), OTHER_BACKEND))
     if use_batch_invariant and device_capability is None:
@@ -210,8 +214,7 @@ def check_impl_arguments(
         refuse(
             f"sharing the KV cache of another layer ({kv_sharing_target_layer_name})", OTHER_BACKEND
         )
-    if extra_impl_args.pop("sinks", None) is not None:
-        refuse("full attention with sinks", OTHER_BACKEND)
+    extra_impl_args.pop("sinks", None)  # `refusal_reasons` judges them
     if extra_impl_args.get("dual_chunk_attention_config") is not None:
         refuse("dual chunk attention", OTHER_BACKEND)
     for name, value in extra_impl_args.items():

@@ -58,6 +58,7 @@ class DecodeCall:
     counts: bool = False
     batch_invariant: bool = False
     uneven: bool = False  # query tokens
+    sinks: bool = False
 
     @property
     def limits(self) -> DecodeLimits:
@@ -95,6 +96,7 @@ class DecodeCall:
             tau=limit if self.rule == "share" else None,
             query_start_loc=torch.zeros(num_reqs + 1, dtype=torch.int32) if self.uneven else None,
             query_len=case.query_len,
+            sinks=torch.zeros(query.shape[1], dtype=case.dtype) if self.sinks else None,
             min_context=1024,
             precomputed_threshold=given,
             counters=new_counters(case.num_kv_heads, CPU) if self.counts else None,
@@ -226,6 +228,8 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     yield decode("pruned, threshold given", threshold="given")
     yield decode("pruned, delta of each request, counted", limit_of_each=True, counts=True)
     yield decode("pruned, batch invariant", batch_invariant=True)
+    for name, rule in {"pruned": "threshold", "share": "share", "dense": "none"}.items():
+        yield decode(f"{name}, sinks", rule=rule, sinks=True)
     yield decode("pruned, no residual", replace(main, residual=False))
     yield decode("share, few requests", rule="share", num_reqs=1)
     yield decode("share, blocks of 16, few requests", small, rule="share", num_reqs=1)
