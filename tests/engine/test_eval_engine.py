@@ -7,26 +7,25 @@ from vllm.platforms import current_platform
 
 from vllm_ffa_fp8fp8.commands import cli
 
-TOO_FAR = "tau=0.999"
+FAR = "tau=0.999"
 """Almost every block is read by chance alone."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
-def test_a_preset_keeps_the_answers_and_a_setting_can_lose_them(monkeypatch, tmp_path, capsys):
+def test_a_preset_keeps_the_answers_and_a_setting_reads_less(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("FFA_FP8FP8_CONFIG", raising=False)
     file = tmp_path / "eval.json"
     arguments = ["--tasks", "ffa_retrieval", "ffa_loss_source", "--lengths", "2000", "--limit", "8"]
-    settings = ["--setting", "balanced", TOO_FAR]
+    settings = ["--setting", "balanced", FAR]
     assert cli.main(["eval", *arguments, *settings, "--json", str(file)]) == 0
-    default, balanced, too_far = json.loads(file.read_text())["settings"]
+    default, balanced, far = json.loads(file.read_text())["settings"]
     assert [entry["backend"] for entry in (default, balanced)] == ["CPU_ATTN", "FFA_FP8FP8"]
-    parts = (entry["results"] for entry in (default, balanced, too_far))
+    parts = (entry["results"] for entry in (default, balanced, far))
     answers, losses = zip(*parts, strict=True)
     assert answers[0]["documents"] == 8 and answers[0]["score"] >= 7 / 8
     assert answers[1]["score"] == answers[0]["score"]
-    assert answers[2]["difference"] <= -0.4
-    assert answers[2]["kept"] < answers[1]["kept"] < 1
+    assert answers[2]["kept"] < answers[1]["kept"] / 2 < 0.5
     assert answers[0]["kept"] is None
     for loss in losses:  # read in prefill
         assert loss["kept"] is None and 1 < loss["score"] < 4
