@@ -1,4 +1,4 @@
-"""`ffa-fp8fp8 eval` in miniature: the default backend, a preset, a setting that goes too far."""
+"""`ffa-fp8fp8 eval` in miniature: the default backend and a preset."""
 
 import json
 
@@ -7,25 +7,22 @@ from vllm.platforms import current_platform
 
 from vllm_ffa_fp8fp8.commands import cli
 
-FAR = "tau=0.999"
-"""Almost every block is read by chance alone."""
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
-def test_a_preset_keeps_the_answers_and_a_setting_reads_less(monkeypatch, tmp_path, capsys):
+def test_a_preset_keeps_the_answers(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("FFA_FP8FP8_CONFIG", raising=False)
     file = tmp_path / "eval.json"
     arguments = ["--tasks", "ffa_retrieval", "ffa_loss_source", "--lengths", "2000", "--limit", "8"]
-    settings = ["--setting", "balanced", FAR]
+    settings = ["--setting", "balanced"]
     assert cli.main(["eval", *arguments, *settings, "--json", str(file)]) == 0
-    default, balanced, far = json.loads(file.read_text())["settings"]
+    default, balanced = json.loads(file.read_text())["settings"]
     assert [entry["backend"] for entry in (default, balanced)] == ["CPU_ATTN", "FFA_FP8FP8"]
-    parts = (entry["results"] for entry in (default, balanced, far))
+    parts = (entry["results"] for entry in (default, balanced))
     answers, losses = zip(*parts, strict=True)
     assert answers[0]["documents"] == 8 and answers[0]["score"] >= 7 / 8
     assert answers[1]["score"] == answers[0]["score"]
-    assert answers[2]["kept"] < answers[1]["kept"] / 2 < 0.5
+    assert answers[1]["kept"] < 1
     assert answers[0]["kept"] is None
     for loss in losses:  # read in prefill
         assert loss["kept"] is None and 1 < loss["score"] < 4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layer import MAX_REQS, Shape
 from steps import Arrival, Engine, Step
 
-CASES = int(os.environ.get("FFA_FUZZ_CASES", "600"))
+CASES = int(os.environ.get("FFA_FUZZ_CASES", "300"))
 SEED = int(os.environ.get("FFA_FUZZ_SEED", "0"))
 
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
