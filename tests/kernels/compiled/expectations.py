@@ -60,6 +60,7 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
         {"moves": {"load_scores": 4}, "loops": (E4M3, ANY), "local": 256},
     ),
     ("decode_kernel", "pruned, FP8 V", {"local": 64}),  # Triton 3.9, outside of the loops
+    ("decode_kernel", "pruned, head size 64", {"local": 16}),  # the same
     ("decode_kernel", "pruned, head size 256, blocks of 128", {"local": 64}),
     ("decode_kernel", "dense, head size 256, blocks of 128", {"local": 384, "pipelined": False}),
     ("decode_kernel", "64 rows", {"local": 704, "programs": 1}),
