@@ -1,8 +1,10 @@
 """Engines and servers in processes of their own, with their logs."""
 
 import contextlib
+import functools
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -20,8 +22,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "assets" / "recall-9m"
 RUNNER = HERE / "runner.py"
+TEMPLATE = HERE / "template.py"
 SETTINGS_OF_THE_CALLER = ("VLLM_ATTENTION_BACKEND", "FFA_FP8FP8_CONFIG", "TRITON_INTERPRET")
-START_SECONDS, STOP_SECONDS = 240, 60
+START_SECONDS, RUN_SECONDS, STOP_SECONDS = 240, 500, 60
 
 
 @dataclass(frozen=True)
@@ -61,22 +64,55 @@ def run_engine(
 def run_script(
     script: Path, job: dict[str, Any], variables: dict[str, str] | None = None
 ) -> tuple[dict[str, Any], str]:
-    """What `python script JOB RESULT` makes of a job, and its log; engines have no processes."""
+    """What `python script JOB RESULT` makes of a job, and its log; engines have no processes.
+
+    Where there is no GPU and no variable is named, a fork of a process that has imported vLLM
+    runs the script."""
     with tempfile.TemporaryDirectory() as folder:
         job_file, result, log = (Path(folder, name) for name in ("job.json", "result.json", "log"))
         job_file.write_text(json.dumps(job))
         changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (variables or {})
-        with log.open("wb") as output:
-            process = subprocess.run(
-                [sys.executable, script, job_file, result],
-                env=environment(**changes),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=500,
-            )
+        if variables is None and not Path("/dev/nvidiactl").exists():
+            settings = environment(**changes)
+            settings.pop("PYTEST_CURRENT_TEST", None)
+            exit_code = fork(tuple(settings.items()), script, [job_file, result], log)
+        else:
+            with log.open("wb") as output:
+                exit_code = subprocess.run(
+                    [sys.executable, script, job_file, result],
+                    env=environment(**changes),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=RUN_SECONDS,
+                ).returncode
         text = log.read_text(errors="replace")
-        assert process.returncode == 0, text[-8000:]
+        assert exit_code == 0, text[-8000:]
         return json.loads(result.read_text()), text
+
+
+def fork(settings: tuple, script: Path, arguments: list[Path], log: Path) -> int:
+    """The exit code of a script in a fork of a process with such environment variables."""
+    process = template(settings)
+    process.stdin.write(json.dumps([str(script), [*map(str, arguments)], str(log)]) + "\n")
+    process.stdin.flush()
+    if select.select([process.stdout], [], [], RUN_SECONDS)[0]:
+        return int(process.stdout.readline())
+    template.cache_clear()
+    os.killpg(process.pid, signal.SIGKILL)
+    raise TimeoutError(log.read_text(errors="replace")[-8000:])
+
+
+@functools.cache
+def template(settings: tuple) -> subprocess.Popen:
+    """It ends where this process does, with its standard input."""
+    return subprocess.Popen(
+        [sys.executable, TEMPLATE],
+        env=dict(settings),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run_ours(batches: list[list[Any]], sampling: dict[str, Any], options: dict, **llm: Any) -> Run:
