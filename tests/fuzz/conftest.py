@@ -16,10 +16,10 @@ def checked_memory():
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
     import checked_memory
-    import patched_once
+    import quick_interpreter
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        patched_once.install(monkeypatch)
+        quick_interpreter.install(monkeypatch)
         yield checked_memory.install(monkeypatch)
 
 

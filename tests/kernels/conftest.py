@@ -1,7 +1,7 @@
 """Every test that takes `device` runs interpreted on the CPU and, marked `gpu`, compiled."""
 
 import checked_memory as checked_memory_module
-import patched_once
+import quick_interpreter
 import pytest
 
 from vllm_ffa_fp8fp8.kernels.runtime import INTERPRETED
@@ -18,5 +18,5 @@ def device(request) -> str:
 def checked_memory():
     """Kernels touch nothing but the storages of their tensors, in all tests."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        patched_once.install(monkeypatch)
+        quick_interpreter.install(monkeypatch)
         yield checked_memory_module.install(monkeypatch)
