@@ -2,6 +2,8 @@ VENV ?= .venv
 PORT ?= 8000
 MODEL = tests/assets/recall-9m
 BIN = $(VENV)/bin
+FFA_FUZZ_CASES ?= 20000
+FFA_FUZZ_SEED ?= $(shell echo $$$$)
 READY = $(VENV)/.ready
 
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -37,7 +39,7 @@ test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" $(ARGS)
 
 fuzz: $(READY)
-	FFA_FUZZ_CASES=20000 FFA_FUZZ_SEED=$${FFA_FUZZ_SEED:-$$$$} $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 0 -rP tests/fuzz $(ARGS)
+	FFA_FUZZ_CASES=$(FFA_FUZZ_CASES) FFA_FUZZ_SEED=$(FFA_FUZZ_SEED) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 0 -rP tests/fuzz $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python scripts/soak.py --model $(MODEL) --minutes 3 $(ARGS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layer import MAX_REQS, Shape
 from steps import Arrival, Engine, Step
 
-CASES = int(os.environ.get("FFA_FUZZ_CASES", "300"))
+CASES = int(os.environ.get("FFA_FUZZ_CASES", "40"))
 SEED = int(os.environ.get("FFA_FUZZ_SEED", "0"))
 
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
@@ -67,8 +67,9 @@ def fuzz(limits, cases: int) -> None:
     """Checks at least so many requests, each in a step of an engine: a case. `limits`: a strategy
     of the options that say how much is skipped."""
     counted = {"cases": 0, "unsure": 0, "engines": 0}
+    engines = min(10, 1 + cases // 20)  # of a seed
 
-    @settings(max_examples=10, deadline=None, database=None, phases=PHASES)
+    @settings(max_examples=engines, deadline=None, database=None, phases=PHASES)
     @given(trace=traces(limits))
     def check(trace):
         shape, run, seed = trace
