@@ -1,113 +1,63 @@
-"""Ugly mixed traffic through an engine with FFA_FP8FP8 that skips nothing, and its greedy answers
-beside the default backend's: a table, and exit code 1 for a mismatch, a crash, or growing memory.
+"""Ugly mixed traffic through `vllm serve` with FFA_FP8FP8 that skips nothing, and its greedy
+answers beside the default backend's: a table, and exit code 1 for a mismatch, a crash, or growing
+memory.
 
     python scripts/soak.py --model MODEL --minutes 10
-    python scripts/soak.py --model MODEL --requests 60
+    python scripts/soak.py --model MODEL --minutes 3 --drafts 0 4
 """
 
 import argparse
+import asyncio
 import json
-import os
-import random
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from soaking.answers import Answer, ask, gap
+from soaking.server import Failure, Server, serve
+from soaking.traffic import BURST, NUM_DOCUMENTS, Request, Traffic
 
 NEAR_TIE = 0.05
 """Between the logprobs of the best tokens: both are right."""
 MAX_GROWTH, SPARE_MIB = 1.05, 32
 """What the memory at the end may be above that after the first quarter."""
-BURST, MOST_WAITING = 8, 24
-NUM_DOCUMENTS = 2
+MOST_WAITING, COMPARED_AT_ONCE = 24, 8
+REQUESTS_A_ROUND = 40
+"""After which the server comes to rest."""
+MAX_BATCHED_TOKENS = 512
 
 
-@dataclass
-class Sent:
-    """A request. `abort_after`: output tokens, None for no abort."""
-
-    prompt: list[int]
-    sampling: dict[str, Any]
-    abort_after: int | None
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.sampling["temperature"] == 0 and self.abort_after is None
-
-
-class Traffic:
-    """Requests of all lengths, some with the start of others, in any order."""
-
-    def __init__(self, tokens: list[int], options: argparse.Namespace):
-        self.tokens, self.max_model_len = tokens, options.max_model_len
-        # vLLM's CPU runner fails on a seeded request whose prompt is cut into steps, and takes
-        # wrong tokens for greedy ones where drafts and random requests share a step
-        self.has_seeds, self.has_random = options.gpu, options.gpu or not options.drafts
-        self.random = random.Random(options.seed)
-
-    def request(self) -> Sent:
-        pick = self.random
-        max_tokens = pick.choice([1, 8, 24, 48, 48])
-        longest = self.max_model_len - max_tokens
-        some = (int(longest ** pick.random()), pick.randint(longest // 8, longest // 2), longest)
-        (length,) = pick.choices(some, (4, 5, 1))
-        if pick.random() < 0.6:  # the start of a document that others start with, too
-            start = pick.randrange(NUM_DOCUMENTS) * self.max_model_len
-        else:
-            start = pick.randrange(len(self.tokens) - length)
-        prompt = self.tokens[start : start + length]
-        sampling = {"max_tokens": max_tokens, "temperature": 0, "logprobs": 4, "ignore_eos": True}
-        kind = pick.random() if self.has_random else 0.7 * pick.random()
-        if kind > 0.9:
-            sampling |= {"temperature": 1.0, "n": 2, "logprobs": None}
-        elif kind > 0.7:
-            sampling |= {"temperature": 0.8, "top_p": 0.9}
-            if self.has_seeds:
-                sampling["seed"] = pick.randrange(1 << 20)
-        elif kind > 0.6:
-            sampling |= {"ignore_eos": False, "stop": ["\n\n", "def "]}
-        abort_after = pick.randrange(1, max_tokens + 1) if pick.random() < 0.25 else None
-        return Sent(prompt, sampling, abort_after)
-
-    def burst(self) -> int:
-        return self.random.choice([0] * 12 + [1, 1, 2, BURST])
-
-
-def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+def server_options(options: argparse.Namespace, drafts: int) -> list[str]:
     """A cache that holds one of the longest requests and little more, prompts cut into steps, and
     drafts."""
     pages = -(-options.max_model_len // options.page_size)
-    arguments = {
-        "model": options.model,
-        "max_model_len": options.max_model_len,
-        "block_size": options.page_size,
-        "num_gpu_blocks_override": pages + 4,
-        "max_num_batched_tokens": 512,
-        "max_num_seqs": 12,
-        "enforce_eager": options.eager,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "disable_log_stats": False,
-        "attention_backend": options.backend,
-        "additional_config": {"ffa_fp8fp8": {"preset": "exact"}},
-        "hf_overrides": {"head_dtype": "float32"},
-    }
-    if options.drafts:
-        arguments["speculative_config"] = {
-            "method": "ngram",
-            "num_speculative_tokens": options.drafts,
-            "prompt_lookup_max": 4,
-        }
-    return arguments
+    given = ["--attention-backend", options.backend, "--block-size", str(options.page_size)]
+    given += ["--additional-config", json.dumps({"ffa_fp8fp8": {"preset": "exact"}})]
+    given += ["--num-gpu-blocks-override", str(pages + 4)]
+    if drafts:
+        ngram = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 4}
+        given += ["--speculative-config", json.dumps(ngram)]
+    if options.gpu:
+        given += ["--enable-sleep-mode"]
+    return given
 
 
-def document_tokens(tokenizer: Any, count: int) -> list[int]:
+def common_options(options: argparse.Namespace) -> list[str]:
+    given = ["--max-model-len", str(options.max_model_len), "--max-num-seqs", "12"]
+    given += ["--max-num-batched-tokens", str(MAX_BATCHED_TOKENS), "--enable-prefix-caching"]
+    given += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
+    given += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    return given + (["--enforce-eager"] if options.eager else [])
+
+
+def document_tokens(model: str, count: int) -> list[int]:
+    from transformers import AutoTokenizer
+
     from vllm_ffa_fp8fp8.commands.demo_prompts import source_lines
 
-    tokens: list[int] = []
-    lines = source_lines()
+    tokenizer, tokens, lines = AutoTokenizer.from_pretrained(model), [], source_lines()
     for first in range(0, len(lines), 2000):
         tokens += tokenizer.encode("".join(lines[first : first + 2000]))
         if len(tokens) >= count:
@@ -115,158 +65,208 @@ def document_tokens(tokenizer: Any, count: int) -> list[int]:
     return tokens
 
 
-def memory_mib() -> int:
-    """Of the device where there is one, else of this process."""
-    import torch
+@dataclass
+class Run:
+    """What was sent to a server and came of it."""
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return (total - free) >> 20
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+    server: Server
+    traffic: Traffic
+    minutes: float
+    gpu: bool
+    sent: list[Request] = field(default_factory=list)
+    greedy: list[tuple[Request, Answer]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+    tokens: int = 0
+    resets: int = 0
+    pauses: int = 0
+    alike: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def progress(self) -> float:
+        return (time.monotonic() - self.begin) / (60 * self.minutes)
+
+    async def send(self, request: Request) -> list[Answer]:
+        self.sent.append(request)
+        try:
+            answers = await ask(self.server, request)
+        except Exception as error:  # a crash is one line, whatever the client makes of it
+            self.problems.append(f"{type(error).__name__}: {error}"[:2000])
+            return []
+        self.tokens += sum(len(answer.tokens) for answer in answers)
+        if answers and request.is_compared:
+            self.greedy.append((request, answers[0]))
+        return answers
+
+    async def go(self) -> None:
+        """Rounds of traffic until the time is over."""
+        self.memory.append(self.server.memory_mib())
+        while self.progress < 1 and not self.has_crashed():
+            await self.round()
+            await self.rest()
+        if not self.has_crashed():
+            self.memory.append(self.server.memory_mib())
+
+    def has_crashed(self) -> bool:
+        return self.server.process.poll() is not None or len(self.problems) > 20
+
+    async def round(self) -> None:
+        """Bursts, so many requests; in the midst of them the scheduler pauses."""
+        tasks: set[asyncio.Task] = set()
+        last, pauses_at = len(self.sent) + REQUESTS_A_ROUND, len(self.sent) + BURST
+        burst = BURST
+        while len(self.sent) < last and self.progress < 1 and not self.has_crashed():
+            for _ in range(min(burst, MOST_WAITING - len(tasks))):
+                tasks.add(task := asyncio.create_task(self.send(self.traffic.request())))
+                task.add_done_callback(tasks.discard)
+            await asyncio.sleep(self.traffic.pause())
+            burst = self.traffic.burst()
+            if len(self.sent) > pauses_at:
+                pauses_at = last
+                await self.sleep_and_wake(0, "keep")
+            if len(self.memory) < 4 and self.progress >= len(self.memory) / 4:
+                self.memory.append(self.server.memory_mib())
+        await asyncio.gather(*tasks)
+
+    async def rest(self) -> None:
+        """While nothing runs."""
+        if self.has_crashed():
+            return
+        one, other = [await self.send(request) for request in self.traffic.seeded()]
+        self.alike += bool(one and other and one[0].tokens == other[0].tokens)
+        status, body = await self.server.post("/reset_prefix_cache")
+        self.resets += bool(status == 200 and body["success"])
+        if self.gpu:
+            for level in (1, 2):
+                await self.sleep_and_wake(level, "abort")
+
+    async def sleep_and_wake(self, level: int, mode: str) -> None:
+        posts = [f"/sleep?level={level}&mode={mode}"]
+        if level == 0:
+            posts += ["/wake_up?tags=scheduling"]
+        elif level == 1:
+            posts += ["/wake_up"]
+        else:
+            posts += ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache"]
+        for path in posts:
+            body = {"method": "reload_weights"} if path == "/collective_rpc" else None
+            status, answer = await self.server.post(path, body)
+            if status != 200:
+                self.problems.append(f"{path}: {status} {answer}")
+        self.pauses += 1
 
 
-def serve(options: argparse.Namespace) -> dict[str, Any]:
-    """Sends the traffic; what came of it."""
-    from vllm import LLM, SamplingParams
+async def send_traffic(options: argparse.Namespace, drafts: int) -> tuple[Run, dict[str, Any]]:
+    """The run, and the table's rows but those of the comparison."""
+    tokens = document_tokens(options.model, NUM_DOCUMENTS * options.max_model_len * 2)
+    traffic = Traffic(
+        tokens,
+        options.max_model_len,
+        MAX_BATCHED_TOKENS,
+        # vLLM's CPU runner takes wrong tokens for greedy ones where drafts and random requests
+        # share a step, and fails on a seeded request whose prompt is cut into steps
+        has_random=options.gpu or not drafts,
+        has_seeds=options.gpu,
+        seed=options.seed,
+    )
+    given = common_options(options) + server_options(options, drafts)
+    async with serve(options.model, *given) as server:
+        minutes = options.minutes / len(options.drafts)
+        run = Run(server, traffic, minutes, options.gpu)
+        await run.go()
+        if run.has_crashed():
+            raise Failure("\n".join([*run.problems, server.end_of_log()]))
+        counts = {
+            "of these aborted midway": await server.count(
+                "request_success", finished_reason="abort"
+            ),
+            "preemptions": await server.count("num_preemptions"),
+            "prefix hits, tokens": await server.count("prefix_cache_hits"),
+            "drafts accepted": await server.count("spec_decode_num_accepted_tokens"),
+        }
+    first, last = run.memory[1], run.memory[-1]
+    if last > MAX_GROWTH * first + SPARE_MIB:
+        run.problems.append(f"memory grew from {first} to {last} MiB")
+    return run, rows(run, drafts) | counts
 
-    llm = LLM(**engine_arguments(options))
-    engine = llm.llm_engine
-    tokens = document_tokens(llm.get_tokenizer(), NUM_DOCUMENTS * options.max_model_len * 2)
-    traffic = Traffic(tokens, options)
-    begin, sent, answers, aborted, memory = time.monotonic(), {}, {}, 0, []
-    num_tokens = num_cached = resets = 0
 
-    def progress() -> float:
-        if options.minutes:
-            return (time.monotonic() - begin) / (60 * options.minutes)
-        return len(sent) / options.requests
-
-    while progress() < 1 or engine.has_unfinished_requests():
-        waiting = engine.get_num_unfinished_requests()
-        burst = traffic.burst() if waiting else BURST
-        for _ in range(min(burst, MOST_WAITING - waiting)):
-            if progress() >= 1:
-                break
-            request = traffic.request()
-            name = str(len(sent))
-            sent[name] = request
-            prompt = {"prompt_token_ids": request.prompt}
-            engine.add_request(name, prompt, SamplingParams(**request.sampling))
-        if not waiting:
-            resets += bool(llm.reset_prefix_cache())
-        for output in engine.step():
-            request = sent[output.request_id]
-            length = sum(len(completion.token_ids) for completion in output.outputs)
-            if request.abort_after and length >= request.abort_after and not output.finished:
-                engine.abort_request([output.request_id])
-                aborted += 1
-            elif output.finished:
-                num_tokens += length
-                num_cached += output.num_cached_tokens or 0
-                if request.is_greedy:
-                    answers[output.request_id] = list(output.outputs[0].token_ids)
-        if len(memory) < 4 and progress() >= (len(memory) + 1) / 4:
-            memory.append(memory_mib())
-    memory = [*memory[:3], memory_mib()]
-    counts = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    greedy = [asdict(sent[name]) | {"answer": answer} for name, answer in answers.items()]
+def rows(run: Run, drafts: int) -> dict[str, Any]:
+    sent = run.sent
+    lengths = [len(request.prompt) for request in sent if not request.is_refused]
     return {
+        "drafts": drafts,
+        "minutes": round((time.monotonic() - run.begin) / 60, 1),
         "requests": len(sent),
-        "longest prompt": max(len(request.prompt) for request in sent.values()),
-        "output tokens": num_tokens,
-        "aborts": aborted,
-        "preemptions": counts["vllm:num_preemptions"],
-        "prefix hits, tokens": num_cached,
-        "drafts accepted": counts.get("vllm:spec_decode_num_accepted_tokens", 0),
-        "prefix cache resets": resets,
-        "memory at quarters, MiB": memory,
-        "minutes": round((time.monotonic() - begin) / 60, 1),
-        "greedy": greedy,
+        "prompts, tokens": f"{min(lengths)} to {max(lengths)}",
+        "output tokens": run.tokens,
+        "streamed": sum(r.streams for r in sent),
+        "connections dropped": sum(r.drop_after is not None for r in sent),
+        "with logprobs": sum("logprobs" in r.options for r in sent),
+        "several answers": sum("n" in r.options for r in sent),
+        "random": sum(r.options["temperature"] > 0 for r in sent),
+        "seeded": sum("seed" in r.options for r in sent),
+        "structured": sum(r.form is not None for r in sent),
+        "too long, refused": sum(r.is_refused for r in sent),
+        "prefix cache resets": run.resets,
+        "sleeps and wakes": run.pauses,
+        "memory, MiB": " ".join(map(str, run.memory)),
     }
 
 
-def compare(options: argparse.Namespace, greedy: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same greedy requests through the default backend, without drafts and with room."""
-    from vllm import LLM, SamplingParams
-
-    arguments = engine_arguments(options)
-    for name in ("attention_backend", "additional_config", "speculative_config", "block_size"):
-        arguments.pop(name, None)
-    pages = arguments.pop("num_gpu_blocks_override") * options.page_size * 4 // 128
-    llm = LLM(**arguments, num_gpu_blocks_override=max(pages, 64) * (8 if options.gpu else 1))
-    outputs = llm.generate(
-        [{"prompt_token_ids": request["prompt"]} for request in greedy],
-        [SamplingParams(**request["sampling"]) for request in greedy],
-        use_tqdm=False,
-    )
-    result: dict[str, Any] = {"compared": len(greedy), "near ties": 0, "mismatches": []}
-    for request, output in zip(greedy, outputs, strict=True):
-        completion, ours = output.outputs[0], request["answer"]
-        pairs = zip(ours, completion.token_ids, strict=False)
-        place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if place is None:
-            if len(ours) != len(completion.token_ids):
-                result["mismatches"].append(f"{len(ours)} tokens: {len(request['prompt'])}")
-            continue
-        step = completion.logprobs[place]
-        best = max(entry.logprob for entry in step.values())
-        gap = best - step[ours[place]].logprob if ours[place] in step else float("inf")
-        if gap <= options.near_tie:
-            result["near ties"] += 1
-        else:
-            result["mismatches"].append(
-                f"prompt of {len(request['prompt'])}, output token {place}: {gap:.3f} too low"
-            )
-    return result
+async def compare(options: argparse.Namespace, runs: list[Run]) -> list[dict[str, Any]]:
+    """The same greedy requests to the default backend, which has room: rows for each run."""
+    room = 4 * options.max_model_len // 128
+    given = [*common_options(options), "--num-gpu-blocks-override", str(max(64, room))]
+    async with serve(options.model, *given) as server:
+        return [await compare_run(options, server, run) for run in runs]
 
 
-def run_child(part: str, options: argparse.Namespace, given: Any, folder: Path) -> Any:
-    """The result of a part in a process of its own, or the end of its log."""
-    job, result, log = (folder / f"{part}.{end}" for end in ("job", "result", "log"))
-    job.write_text(json.dumps({"options": vars(options), "given": given}))
-    variables = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with log.open("wb") as output:
-        command = [sys.executable, __file__, "--child", part, str(job), str(result)]
-        subprocess.run(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
-    if result.exists():
-        return json.loads(result.read_text())
-    return "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+async def compare_run(options: argparse.Namespace, server: Server, run: Run) -> dict[str, Any]:
+    free = asyncio.Semaphore(COMPARED_AT_ONCE)
+
+    async def gap_of(request: Request, answer: Answer) -> float | None:
+        async with free:
+            return await gap(server, request, answer)
+
+    gaps = await asyncio.gather(*(gap_of(*pair) for pair in run.greedy))
+    other = [(pair, gap) for pair, gap in zip(run.greedy, gaps, strict=True) if gap is not None]
+    wrong = [(pair, gap) for pair, gap in other if gap > options.near_tie]
+    for (request, answer), found in wrong:
+        what = f"prompt of {len(request.prompt)}, {request.options}, {len(answer.tokens)} tokens"
+        run.problems.append(f"a token is {found:.3f} too unlikely: {what}")
+    near = sorted(gap for _, gap in other if gap <= options.near_tie)
+    return {
+        "compared": len(gaps),
+        "near ties": " ".join([str(len(near)), *(f"{gap:.3f}" for gap in near[-3:])]),
+        "mismatches": len(wrong),
+    }
 
 
-def be_child(part: str, job: str, result: str) -> None:
-    read = json.loads(Path(job).read_text())
-    options = argparse.Namespace(**read["options"])
-    answer = serve(options) if part == "serve" else compare(options, read["given"])
-    Path(result).write_text(json.dumps(answer))
-
-
-def soak(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The table, and what is wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        served = run_child("serve", options, None, Path(folder))
-        if isinstance(served, str):
-            return {"crashes": 1}, [served]
-        compared = run_child("compare", options, served.pop("greedy"), Path(folder))
-    if isinstance(compared, str):
-        return served | {"crashes": 0}, [f"the default backend failed:\n{compared}"]
-    mismatches = compared.pop("mismatches")
-    table = served | compared | {"mismatches": len(mismatches), "crashes": 0}
-    first, *_, last = served["memory at quarters, MiB"]
-    if last > MAX_GROWTH * first + SPARE_MIB:
-        mismatches = [*mismatches, f"memory grew from {first} to {last} MiB"]
-    return table, mismatches
+async def soak(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """A table's column for each number of drafts, and what is wrong."""
+    runs, columns = [], []
+    for drafts in options.drafts:
+        run, column = await send_traffic(options, drafts)
+        runs.append(run)
+        columns.append(column)
+    crashes = [len(run.problems) for run in runs]
+    found = await compare(options, runs)
+    columns = [
+        column | {"crashes and wrong replies": count} | more
+        for column, count, more in zip(columns, crashes, found, strict=True)
+    ]
+    return columns, [problem for run in runs for problem in run.problems]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--minutes", type=float, default=0.0, help="how long requests are sent")
-    parser.add_argument("--requests", type=int, default=60, help="how many, without --minutes")
+    parser.add_argument("--minutes", type=float, default=3.0, help="how long requests are sent")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[0], help="a server for each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument(
         "--backend", default="FFA_FP8FP8", help="that takes the traffic: whose fault is it?"
     )
@@ -275,21 +275,19 @@ def main() -> int:
     parser.add_argument("--near-tie", type=float, default=NEAR_TIE)
     parser.add_argument("--json", type=Path, help="writes the table to this file")
     options = parser.parse_args()
-    to = options.json
-    del options.json
     options.gpu = Path("/dev/nvidiactl").exists()
-    table, problems = soak(options)
-    width = max(map(len, table))
-    for name, value in table.items():
-        print(f"| {name:<{width}} | {value} |")
+    try:
+        columns, problems = asyncio.run(soak(options))
+    except Failure as failure:
+        columns, problems = [{"crashes and wrong replies": 1}], [str(failure)]
+    width = max(map(len, columns[0]))
+    for name in columns[0]:
+        print(f"| {name:<{width}} | {' | '.join(str(column[name]) for column in columns)} |")
     print(*problems, sep="\n")
-    if to:
-        to.write_text(json.dumps(table | {"problems": problems}))
+    if options.json:
+        options.json.write_text(json.dumps({"columns": columns, "problems": problems}))
     return int(bool(problems))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        be_child(*sys.argv[2:])
-    else:
-        sys.exit(main())
+    sys.exit(main())

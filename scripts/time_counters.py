@@ -15,7 +15,7 @@ from vllm_ffa_fp8fp8.environment import stack
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
 
 BATCHES = ((1, 8192), (1, 32_768), (8, 32_768), (8, 131_072))
-CONFIGS = (FFAConfig(delta=DELTA), FFAConfig(rule="share", tau=0.03))
+CONFIGS = (FFAConfig(rule="threshold", delta=DELTA), FFAConfig(rule="share", tau=0.03))
 KEPT, ROUNDS = 0.1, 7
 
 

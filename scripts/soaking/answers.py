@@ -1,0 +1,90 @@
+"""What a server answered to a request, and whether another's answer is as right."""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from soaking.server import Failure, Server
+from soaking.traffic import FORMS, TOP, Request
+
+PATH = "/v1/completions"
+
+
+@dataclass
+class Answer:
+    """One choice: its tokens and, where they were asked for, the best tokens' logprobs."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    best: list[dict[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, choice: dict[str, Any]) -> None:
+        self.tokens += choice.get("token_ids") or []
+        self.text += choice.get("text") or ""
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        for step in (choice.get("logprobs") or {}).get("top_logprobs") or []:
+            self.best.append({int(k.removeprefix("token_id:")): v for k, v in step.items()})
+
+
+async def ask(server: Server, request: Request) -> list[Answer]:
+    """Its choices, none where the client dropped the connection or was rightly refused; raises
+    Failure for any answer that is none."""
+    answers = [Answer() for _ in range(request.options.get("n", 1))]
+    if request.streams:
+        async for chunk in server.stream(PATH, request.body, request.drop_after):
+            for choice in chunk.get("choices", []):
+                answers[choice["index"]].add(choice)
+    else:
+        status, body = await server.post(PATH, request.body)
+        if status != (400 if request.is_refused else 200):
+            raise Failure(f"{status} for {len(request.prompt)} tokens: {body}")
+        for choice in body.get("choices", []):
+            answers[choice["index"]].add(choice)
+    if request.drop_after or request.is_refused:
+        return []
+    for answer in answers:
+        check(request, answer)
+    return answers
+
+
+def check(request: Request, answer: Answer) -> None:
+    most = request.options["max_tokens"]
+    if answer.finish_reason not in ("stop", "length") or not 0 < len(answer.tokens) <= most:
+        raise Failure(f"{len(answer.tokens)} tokens, finished by {answer.finish_reason}")
+    if request.options["ignore_eos"] and len(answer.tokens) != most:
+        raise Failure(f"{len(answer.tokens)} tokens of {most}")
+    if "logprobs" in request.options and len(answer.best) != len(answer.tokens):
+        raise Failure(f"logprobs of {len(answer.best)} of {len(answer.tokens)} tokens")
+    if request.form and answer.finish_reason == "stop":
+        if not has_form(request.form, answer.text.strip()):
+            raise Failure(f"no {request.form}: {answer.text!r}")
+
+
+def has_form(form: str, text: str) -> bool:
+    rule = FORMS[form]
+    if form == "regex":
+        return re.fullmatch(rule["regex"], text) is not None
+    if form == "choice":
+        return text in rule["choice"]
+    with contextlib.suppress(json.JSONDecodeError):
+        return list(json.loads(text)) == rule["json"]["required"]
+    return False
+
+
+async def gap(server: Server, request: Request, ours: Answer) -> float | None:
+    """How much less likely our first other token is than the one that `server` takes there; None
+    where all are the same, infinite where it is not among the best."""
+    options = request.options | {"logprobs": TOP}
+    (theirs,) = await ask(server, Request(request.prompt, options, form=request.form))
+    return first_gap(ours.tokens, theirs)
+
+
+def first_gap(tokens: list[int], theirs: Answer) -> float | None:
+    pairs = zip(tokens, theirs.tokens, theirs.best, strict=False)
+    for token, their_token, best in pairs:
+        if token != their_token:
+            return best[their_token] - best.get(token, float("-inf"))
+    return None if len(tokens) == len(theirs.tokens) else float("inf")
