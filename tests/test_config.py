@@ -98,8 +98,9 @@ def test_presets_are_the_documented_ones():
     assert preset_names() == ["balanced", "exact", "fast"]
     exact, balanced, fast = (FFAConfig.load(name) for name in ("exact", "balanced", "fast"))
     assert exact.delta == math.inf and not exact.prunes
-    assert (balanced.delta, balanced.min_context) == (10.0, 1024) and balanced.prunes
-    assert (fast.delta, fast.min_context) == (5.0, 1024) and fast.prunes
+    for config, tau in ((balanced, 0.012), (fast, 0.05)):
+        assert (config.rule, config.tau, config.min_context) == ("share", tau, 1024)
+        assert config.prunes and config.block_size_in(page_size=64) == 16
     assert exact.use_fp8_residual and balanced.use_fp8_residual and fast.use_fp8_residual
     assert {config.v_cache_dtype for config in (exact, balanced, fast)} == {"auto"}
     assert FFAConfig.load() == FFAConfig.load(overrides={"preset": None}) == balanced
@@ -164,16 +165,18 @@ def test_precedence(monkeypatch, tmp_path):
     text = "delta: 7\nmin_context: 3\nblock_size: 32\nv_cache_dtype: fp8"
     mine = write(tmp_path / "mine.yaml", text)
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", mine)
-    expected = FFAConfig(delta=7.0, min_context=3, block_size=32, v_cache_dtype="fp8")
+    expected = FFAConfig(
+        rule="threshold", delta=7.0, min_context=3, block_size=32, v_cache_dtype="fp8"
+    )
     assert FFAConfig.load() == expected
     overridden = FFAConfig.load(overrides={"delta": 8, "block_size": None, "v_cache_dtype": "auto"})
-    assert overridden == FFAConfig(delta=8.0, min_context=3)
-    assert FFAConfig.load("fast").delta == 5.0
+    assert overridden == FFAConfig(rule="threshold", delta=8.0, min_context=3)
+    assert FFAConfig.load("fast").limit == 0.05
     assert FFAConfig.load("fast", {"preset": "exact"}).delta == math.inf
     fast = FFAConfig.load(overrides={"preset": "fast", "min_context": 0})
-    assert fast == FFAConfig(delta=5.0, min_context=0)
+    assert fast == FFAConfig(tau=0.05, min_context=0)
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
-    assert FFAConfig.load().delta == 5.0
+    assert FFAConfig.load().limit == 0.05
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "")
     assert FFAConfig.load() == FFAConfig.load("balanced")
 

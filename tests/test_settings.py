@@ -53,11 +53,12 @@ def test_settings_come_in_the_order_given_each_once(tmp_path, monkeypatch):
     found = settings(*words, "--setting", "fast", "exact", "--delta", "2")
     names = ["fast", str(file), "delta=2", "delta=5", "delta=5,min_context=7", "exact"]
     assert [setting.name for setting in found] == names
-    assert found[1].config == FFAConfig(delta=3, block_size=32)
-    assert [setting.options["delta"] for setting in found] == [5.0, 3.0, 2.0, 5.0, 5.0, None]
+    assert found[1].config == FFAConfig(rule="threshold", delta=3, block_size=32)
+    limits = [setting.config.limit for setting in found]
+    assert limits == [0.05, 3.0, 2.0, 5.0, 5.0, None]
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", str(file))
     (pair,) = settings("--delta", "4")
-    assert pair.config == FFAConfig(delta=4, block_size=32)
+    assert pair.config == FFAConfig(rule="threshold", delta=4, block_size=32)
 
 
 def test_tau_is_a_short_form(monkeypatch):

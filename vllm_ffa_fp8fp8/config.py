@@ -24,7 +24,7 @@ class FFAConfig:
     """Options of the backend, the same in every process. Construction raises ValueError, which
     names key, value and the allowed values."""
 
-    rule: str = values.option("threshold", values.rule, " or ".join(RULES))
+    rule: str = values.option("share", values.rule, " or ".join(RULES))
     """How blocks to read are chosen: by their best score (`delta`), or by their share of the
     softmax (`tau`). Where `delta` or `tau` is said, it follows."""
 
@@ -35,7 +35,7 @@ class FFAConfig:
     log2 units, and be kept."""
 
     tau: float | None = values.option(
-        0.03,
+        0.012,
         values.tau,
         "a number between 0 and 1 (a share of the softmax), or null to read everything",
     )

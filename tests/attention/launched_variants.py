@@ -44,16 +44,20 @@ class Engine:
 
 
 ENGINES = (
-    Engine(),
+    Engine({"delta": 10}),
     Engine({"delta": None}, fused_path=None),
     Engine({"tau": 0.03, "dense_layers": [0]}, fused_path=None),
     Engine(
-        {"dense_layers": [0], "record_skip_ratio": True}, num_drafts=4, fused_path=FROM_PROJECTIONS
-    ),
+        {"delta": 10, "dense_layers": [0], "record_skip_ratio": True},
+        num_drafts=4,
+        fused_path=FROM_PROJECTIONS,
+    ),  # fmt: skip
     Engine({"v_cache_dtype": "fp8", "fused_kproj": "on"}, norm=True, page_size=128),
-    Engine({"precomputed_threshold": True}, dtype=torch.float16, num_kv_heads=1, bias=True),
+    Engine(
+        {"delta": 10, "precomputed_threshold": True}, dtype=torch.float16, num_kv_heads=1, bias=True
+    ),
     Engine({"use_fp8_residual": False, "block_size": 16}, page_size=48, num_kv_heads=1),
-    Engine(batch_invariant=True),
+    Engine({"delta": 10}, batch_invariant=True),
 )
 
 

@@ -24,7 +24,8 @@ def test_the_warmup_compiles_what_steps_launch():
     assert run.returncode == 0, run.stderr[-3000:]
     engines = [line for line in run.stdout.splitlines() if line.startswith("{")]
     assert len(engines) == len(ENGINES)
-    assert all("'decode_kernel': " in kernels for kernels in engines)
+    for kernels in engines:
+        assert "'decode_kernel': " in kernels or "'draw_kernel': " in kernels
 
 
 @pytest.mark.parametrize("user_size, page_size", [(None, 64), (32, 32)])

@@ -186,7 +186,7 @@ def test_what_runs_ahead_is_timed_with_the_peers_too(tmp_path):
 def test_planted_scores_take_settings_or_kept_fractions(tmp_path, capsys):
     arguments = ["--shapes", "8x32768", "--planted", "sink", "needle"]
     cells = wanted(*arguments)
-    assert [c.setting for c in cells if c.series == OURS] == ["delta=10.0", "delta=5.0"] * 2
+    assert [c.setting for c in cells if c.series == OURS] == ["tau=0.012", "tau=0.05"] * 2
     assert {c.planted for c in cells if c.series == FA3_FP8} == {"sink", "needle"}
     cells += wanted(*arguments, "--kept", "0.1", "--delta", "2")
     ours = [c for c in cells if c.series == OURS][4:]

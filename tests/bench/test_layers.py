@@ -29,7 +29,8 @@ LENGTH = 140
 
 
 def config(**options) -> FFAConfig:
-    return FFAConfig(**{"delta": 3.0, "min_context": 0, "block_size": 16} | options)
+    defaults = {"rule": "threshold", "delta": 3.0, "min_context": 0, "block_size": 16}
+    return FFAConfig(**defaults | options)
 
 
 CONFIGS = {

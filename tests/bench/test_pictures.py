@@ -30,7 +30,7 @@ from vllm_ffa_fp8fp8.bench.pictures.sources import Options, read_layers, read_qu
 ENVIRONMENT = {"gpu": "NVIDIA H100", "torch": "2.14.0", "triton": "3.8.0", "vllm": "0.33.0"}
 SETTINGS = [
     parse_setting(text)
-    for text in ("exact", "balanced", "delta=5", "delta=2", "delta=5,block_size=16")
+    for text in ("exact", "delta=10", "delta=5", "delta=2", "delta=5,block_size=16")
 ]
 KEPT = dict(zip((s.name for s in SETTINGS), (1.0, 0.5, 0.15, 0.06, 0.08), strict=True))
 PEER_US = {"fa3-bf16": 1 / 30, "fa3-fp8": 1 / 31}
@@ -156,15 +156,15 @@ def test_the_frontier_is_a_curve_a_family_of_means_over_layers(file):
     peers = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() in "sD"]
     assert [[0.003, pytest.approx(4096 / 30)]] in peers
     words = {text.get_text() for text in axes.texts}
-    assert {"exact", "balanced", "delta 2", "FA3, bf16 cache", "FA3, fp8 cache"} <= words
+    assert {"exact", "delta 10", "delta 2", "FA3, bf16 cache", "FA3, fp8 cache"} <= words
     assert axes.get_xscale() == "log" and axes.get_ylabel() == "microseconds of a layer"
 
 
 @pytest.mark.parametrize(
     "text, label, family",
     [
-        ("balanced", "balanced", "FFA_FP8FP8"),
-        ("balanced,block_size=16", "balanced", "FFA_FP8FP8, blocks of 16"),
+        ("balanced", "balanced", "FFA_FP8FP8, by share"),
+        ("balanced,block_size=32", "balanced", "FFA_FP8FP8, by share, blocks of 32"),
         ("fast,delta=7,min_context=9", "delta 7", "FFA_FP8FP8"),
         ("delta=null,v_cache_dtype=fp8", "exact", "FFA_FP8FP8, FP8 V"),
         ("delta=2.5,precomputed_threshold=true", "delta 2.5", "FFA_FP8FP8, precomputed_threshold"),

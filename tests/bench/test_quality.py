@@ -168,7 +168,7 @@ def judged_text(kl, kept, total, short=0):
 
 def test_report(tmp_path):
     texts = Texts(["a", "a", "b", "b"], [[0] * n for n in (10, 20, 10, 20)])
-    settings = [parse_setting(name) for name in ("exact", "fast", "delta=3")]
+    settings = [parse_setting(name) for name in ("exact", "delta=5", "delta=3")]
     plan = plan_engines(settings, {}, floor=False, fp8_cache=False)
     order = [setting.name for setting in settings]
     report = Report({"model": "x/m"}, texts, 2, order, [10, 20], tmp_path / "q.json")

@@ -282,7 +282,7 @@ def test_doctor_reads_the_options_in_force(monkeypatch):
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
     finding = doctor.check_options(None)
     assert finding.status == doctor.OK
-    assert "FFA_FP8FP8_CONFIG=fast" in finding.found and "delta: 5.0" in finding.found
+    assert "FFA_FP8FP8_CONFIG=fast" in finding.found and "tau: 0.05" in finding.found
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fasst")
     finding = doctor.check_options(None)
     assert finding.status == doctor.MISSING

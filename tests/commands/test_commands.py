@@ -99,7 +99,7 @@ def test_config_tells_every_option(capsys):
 
 def test_config_checks_a_setting(capsys, monkeypatch):
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
-    assert cli.main(["config"]) == 0 and "delta: 5.0" in capsys.readouterr().out
+    assert cli.main(["config"]) == 0 and "tau: 0.05" in capsys.readouterr().out
     assert cli.main(["config", "exact", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["delta"] is None
     assert cli.main(["config", "fast,min_contxt=3"]) == 2

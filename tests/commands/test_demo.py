@@ -158,7 +158,7 @@ def test_a_broken_file_of_a_model_is_named(no_engine, tmp_path, capsys, name, te
 @pytest.mark.parametrize(
     "arguments, names",
     [
-        ([], ["balanced", "delta=5", "delta=2"]),
+        ([], ["balanced", "tau=0.048", "tau=0.19"]),
         (["--delta", "1", "3"], ["delta=1", "delta=3"]),
         (
             ["--preset", "fast", "--setting", "delta=5,block_size=16"],
@@ -171,10 +171,24 @@ def test_settings_are_those_asked_for(monkeypatch, arguments, names):
     assert [s.name for s in demo.demo_settings(options(*arguments))] == names
 
 
-def test_the_options_in_force_come_first(monkeypatch):
-    monkeypatch.setenv("FFA_FP8FP8_CONFIG", "fast")
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("tau: 0.05\nblock_size: 32", ["tau=0.2", "tau=0.8"]),
+        ("tau: 0.3", ["tau=0.99"]),
+        ("delta: 10", ["delta=5", "delta=2.5"]),
+        ("delta: .inf", ["balanced", "fast"]),
+    ],
+)
+def test_the_options_in_force_come_first_and_others_have_their_rule(
+    monkeypatch, tmp_path, text, values
+):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", str(file))
     first, *others = demo.demo_settings(options())
-    assert first.options["delta"] == 5 and len(others) == 2
+    assert [setting.name for setting in (first, *others)] == [str(file), *values]
+    assert len({setting.config.block_size for setting in (first, *others)}) == 1
 
 
 def run_of(*answers: str, **more) -> dict:

@@ -105,7 +105,7 @@ def answer(scores, kept=None, task="ffa_retrieval", higher_is_better=True) -> di
 def test_the_difference_is_of_the_same_documents():
     results = {"default": answer([1.0, 0.0, 1.0, 0.0]), "fast": answer([1.0, 0.0, 0.0, 0.0], 0.25)}
     default, fast = eval_report.entries([parse_setting("fast")], results)
-    assert default["options"] is None and fast["options"]["delta"] == 5
+    assert default["options"] is None and fast["options"]["tau"] == 0.05
     assert default["results"][0]["difference"] == default["results"][0]["difference_stderr"] == 0
     (result,) = fast["results"]
     assert (result["score"], result["difference"], result["kept"]) == (0.25, -0.25, 0.25)
@@ -132,6 +132,7 @@ def test_a_task_that_the_model_never_answers_is_told():
     [
         ("balanced", 0.5, None),
         ("balanced", 1.0, "skipped nothing: it kept every block"),
+        ("delta=5", 1.0, "skipped nothing: it kept every block"),
         (
             "balanced",
             None,
@@ -168,7 +169,7 @@ def test_every_preset_runs_beside_the_default_backend(fake_engines, tmp_path):
     assert list(jobs) == ["default", "balanced", "exact", "fast"]
     default, fast = jobs["default"]["llm"], jobs["fast"]["llm"]
     assert "attention_backend" not in default and fast["attention_backend"] == "FFA_FP8FP8"
-    assert fast["additional_config"]["ffa_fp8fp8"]["delta"] == 5
+    assert fast["additional_config"]["ffa_fp8fp8"]["tau"] == 0.05
     assert default.items() <= fast.items()
     content = json.loads(file.read_text())
     assert [entry["name"] for entry in content["settings"]] == list(jobs)

@@ -42,9 +42,9 @@ def balanced_run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def fast_run() -> Run:
-    """The least exact way: FP8 V, too."""
-    options = {"preset": "fast", "v_cache_dtype": "fp8"}
+def threshold_run() -> Run:
+    """The other rule, and FP8 V."""
+    options = {"rule": "threshold", "delta": 5.0, "v_cache_dtype": "fp8"}
     return run_ours(recall_batches(RECALL_LENGTHS, ASKED), ANSWER, options, **CPU)
 
 

@@ -70,7 +70,7 @@ def test_not_chosen_changes_nothing(default_run, run_without_plugin):
     assert not [line for line in warnings if "ffa" in line.lower()]
 
 
-@pytest.mark.parametrize("run", ["balanced_run", "fast_run"])
+@pytest.mark.parametrize("run", ["balanced_run", "threshold_run"])
 def test_pruning_recalls_every_code(request, run):
     run = request.getfixturevalue(run)
     for batch, length in enumerate(RECALL_LENGTHS):
@@ -86,9 +86,9 @@ def test_stats_and_log(balanced_run):
     assert "Using AttentionBackendEnum.FFA_FP8FP8 backend." in balanced_run.log
 
 
-def test_fp8_values_make_the_page_smaller(fast_run):
-    assert fast_run.facts["page_shape"][-1] == 3 * HEAD_SIZE + 2
-    counts = fast_run.skips[0]
+def test_fp8_values_make_the_page_smaller(threshold_run):
+    assert threshold_run.facts["page_shape"][-1] == 3 * HEAD_SIZE + 2
+    counts = threshold_run.skips[0]
     assert counts["cache_bytes_per_token"] == LAYERS * (3 * HEAD_SIZE + 2) * KV_HEADS == 3088
 
 

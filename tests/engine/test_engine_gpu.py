@@ -110,12 +110,14 @@ def test_reading_by_share_recalls_every_code(options):
         assert 0 < run.skips[batch]["drawn_blocks"] < run.skips[batch]["kept_blocks"]
 
 
-@pytest.mark.xdist_group("balanced")
-def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token(balanced_run):
-    options = {"preset": "balanced", "precomputed_threshold": True, "record_skip_ratio": False}
+def test_other_ways_to_find_the_threshold_and_not_counting_change_no_token():
+    options = {"rule": "threshold", "delta": 10.0}
+    plain = run_ours(recall_batches_gpu(), ANSWER, options, **GPU)
+    assert plain.skip_ratio(0) > 0.05
+    options |= {"precomputed_threshold": True, "record_skip_ratio": False}
     run = run_ours(recall_batches_gpu(), ANSWER, options, **GPU)
     assert not run.skips
-    check_same_tokens(run, balanced_run)
+    check_same_tokens(run, plain)
 
 
 @pytest.mark.xdist_group("exact")
@@ -132,14 +134,15 @@ def test_drafts_change_no_token(exact_gpu_run):
     check_same_tokens(run, exact_gpu_run)
 
 
-def test_batch_invariant_answers_are_bit_equal(monkeypatch):
+@pytest.mark.parametrize("options", [{"preset": "balanced"}, {"delta": 10.0}], ids=str)
+def test_batch_invariant_answers_are_bit_equal(monkeypatch, options):
     """Alone, and among others that share its steps and cut its prompt elsewhere."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     asked = questions(5000, 3)
     first, *others = recall_prompts(5000, 3)
     batches = [[first], [others[0], first, others[1], others[0][:700]]]
     alone, among_others = run_ours(
-        batches, CONTINUE, {"preset": "balanced"}, enable_prefix_caching=False, **GPU
+        batches, CONTINUE, options, enable_prefix_caching=False, **GPU
     ).batches
     assert alone[0]["tokens"] == among_others[1]["tokens"]
     assert alone[0]["best"] == among_others[1]["best"]

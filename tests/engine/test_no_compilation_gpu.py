@@ -32,7 +32,7 @@ def serve_all(options: dict, **llm) -> Run:
 
 def test_one_token_a_step():
     """One layer of them unpruned."""
-    run = serve_all({"preset": "balanced", "dense_layers": [0]})
+    run = serve_all({"delta": 10.0, "dense_layers": [0]})
     assert any(answer["num_cached_tokens"] for answer in run.batches[-2])
 
 
@@ -43,7 +43,7 @@ def test_drafts():
 
 
 def test_thresholds_of_their_own_kernel_and_a_separate_cache_write():
-    serve_all({"preset": "balanced", "precomputed_threshold": True, "fused_kproj": "off"})
+    serve_all({"delta": 10.0, "precomputed_threshold": True, "fused_kproj": "off"})
 
 
 def test_without_graphs():

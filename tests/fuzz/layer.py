@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def config(self) -> FFAConfig:
-        return dataclasses.replace(FFAConfig(), **self.options)
+        return FFAConfig.load("exact", self.options)
 
     @property
     def num_heads(self) -> int:

@@ -11,9 +11,10 @@ from vllm_ffa_fp8fp8.attention.limit_rows import LimitRows
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.integration.request_limits import RequestLimits, check_request
 
-THRESHOLD, SHARE = FFAConfig(), FFAConfig(rule="share")
-FLOOR, CEILING = FFAConfig(min_request_delta=4), FFAConfig(rule="share", max_request_tau=0.1)
-EXACT, EXACT_SHARE = FFAConfig(delta=None), FFAConfig(rule="share", tau=None)
+THRESHOLD, SHARE = FFAConfig(rule="threshold"), FFAConfig(rule="share")
+FLOOR = FFAConfig(rule="threshold", min_request_delta=4)
+CEILING = FFAConfig(rule="share", max_request_tau=0.1)
+EXACT, EXACT_SHARE = FFAConfig(rule="threshold", delta=None), FFAConfig(rule="share", tau=None)
 
 
 @pytest.mark.parametrize("config, asked", [

@@ -99,7 +99,7 @@ def test_argument_chooses(log, choose):
     vllm_config = choose()
     assert chosen(vllm_config) == "FFA_FP8FP8"
     (message,) = log.options()
-    assert "delta=10.0" in message and "min_context=1024" in message
+    assert "rule=share, tau=0.012" in message and "min_context=1024" in message
 
 
 @pytest.mark.parametrize("value", ["FFA_FP8FP8", "ffa_fp8fp8"])
@@ -236,7 +236,7 @@ def test_options_travel_to_the_workers(log, monkeypatch):
     assert vllm_config.additional_config["other"] == 1
     monkeypatch.setenv("FFA_FP8FP8_CONFIG", "exact")  # a worker's own environment
     config = FFAConfig.from_vllm_config(vllm_config)
-    assert config == FFAConfig(delta=5.0, min_context=1024, dense_layers=(3,))
+    assert config == FFAConfig(rule="share", tau=0.05, min_context=1024, dense_layers=(3,))
 
 
 def run_fresh(code, *arguments, **environment):

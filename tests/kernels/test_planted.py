@@ -120,12 +120,15 @@ def planted_cells(*settings, kept=(), name="heads"):
 
 
 def test_settings_of_cells_are_read_again():
-    options = {"delta": None, "block_size": 16, "v_cache_dtype": "fp8", "use_fp8_residual": False}
+    options = {
+        "rule": "threshold", "delta": None, "block_size": 16, "v_cache_dtype": "fp8",
+        "use_fp8_residual": False,
+    }  # fmt: skip
     (cell,) = planted_cells(options)
     assert cell.config == FFAConfig(**options)
     assert cell.setting == describe(cell.config) and cell.value_dtype == "fp8"
     assert cell.floor_bytes(0.5) == cell.shape.elements * 1.5
-    (plain,) = planted_cells({"delta": 5.0, "min_context": 7})
+    (plain,) = planted_cells({"rule": "threshold", "delta": 5.0, "min_context": 7})
     assert plain.setting == "delta=5.0" and plain.config.delta == 5.0
     for tau in (0.03, None):
         (share,) = planted_cells({"rule": "share", "tau": tau, "block_size": 32})
@@ -144,8 +147,9 @@ def measured_here(monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_setting_costs_is_measured(measured_here):
-    settings = {"delta": None}, {"delta": 5.0, "block_size": 16}, {"rule": "share", "tau": 0.1}
-    dense, pruned, drawn = measured_here(planted_cells(*settings)).values()
+    threshold = {"rule": "threshold", "block_size": 16}
+    limits = threshold | {"delta": None}, threshold | {"delta": 5.0}, {"rule": "share", "tau": 0.1}
+    dense, pruned, drawn = measured_here(planted_cells(*limits)).values()
     assert dense.kept == 1.0 and dense.exact_error < 1e-3
     for figure in (pruned, drawn):
         assert figure.kept < 0.5 and figure.error < 1e-3 < figure.exact_error < 0.5

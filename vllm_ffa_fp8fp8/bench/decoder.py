@@ -53,7 +53,7 @@ class Decoder:
     ):
         self.shape, self.device, self.write = shape, torch.device(device), write
         self.layer = layer
-        self.config = config or FFAConfig(delta=DELTA)
+        self.config = config or FFAConfig(rule="threshold", delta=DELTA)
         geometry = shape.geometry
         self.block_size = self.config.block_size_in(geometry.page_size)
         limits = DecodeLimits.on_device(

@@ -1,6 +1,7 @@
 """`make demo`: codes hidden in a long file, asked with settings of FFA_FP8FP8 and without it."""
 
 import argparse
+import math
 
 from rich.console import Console
 
@@ -16,11 +17,13 @@ from vllm_ffa_fp8fp8.commands.demo_model import (
 from vllm_ffa_fp8fp8.commands.demo_prompts import Question, make_questions
 from vllm_ffa_fp8fp8.commands.demo_report import report
 from vllm_ffa_fp8fp8.commands.engine_process import watch
+from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, parse_setting, settings_of
 
 NOTES = 16
-SMALLER = ("delta=5", "delta=2")
-"""What is tried beside the options in force, which keep more."""
+COARSER = (4, 16)
+"""How many times `tau` is tried beside the one in force; `delta` over the square roots."""
+LARGEST_TAU = 0.99
 DEFAULT_BACKEND = "default backend"
 DEFAULT_TOKENS = {"cpu": 3_000, "gpu": 16_000}
 ANSWER_ROOM = 32
@@ -43,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clone)",
     )  # fmt: skip
     add_setting_arguments(parser)
-    smaller = " and ".join(SMALLER)
-    parser.epilog = f"Without a setting: the options in force, {smaller}."
+    parser.epilog = (
+        f"Without a setting: the options in force, and {' and '.join(map(str, COARSER))} times "
+        "their tau (half and a quarter of their delta)."
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,11 +97,22 @@ def prompt_length(options: argparse.Namespace, model: str) -> int:
 
 
 def demo_settings(options: argparse.Namespace) -> list[Setting]:
-    """Those that were asked for, else the options in force and smaller deltas."""
+    """Those that were asked for, else the options in force and two that read less."""
     settings = settings_of(options)
     if options.settings:
         return settings
-    return settings + list(map(parse_setting, SMALLER))
+    return settings + list(map(parse_setting, coarser(settings[0].config)))
+
+
+def coarser(config: FFAConfig) -> list[str]:
+    """Settings of the same rule that read fewer blocks; the presets that prune where none is
+    skipped."""
+    if config.limit is None:
+        return ["balanced", "fast"]
+    if config.rule == "threshold":
+        return [f"delta={config.limit / math.sqrt(factor):.3g}" for factor in COARSER]
+    taus = (min(LARGEST_TAU, config.limit * factor) for factor in COARSER)
+    return list(dict.fromkeys(f"tau={tau:.2g}" for tau in taus))
 
 
 def tell_questions(screen: Console, questions: list[Question], longest: int) -> None:

@@ -31,7 +31,8 @@ def report(screen: Console, questions: list[Question], results: dict[str, dict[s
     answers = "answer" if all_right == 1 else "answers"
     screen.print(f"{name} has {kept} of the default backend's {all_right} right {answers}.")
     screen.print(
-        "A smaller delta keeps fewer blocks, until answers get lost. Your own model and text:\n"
+        "A larger tau, or a smaller delta, reads fewer blocks, until answers get lost. Your own "
+        "model and text:\n"
         "`ffa-fp8fp8 quality` says what a setting changes, `ffa-fp8fp8 eval` what it answers."
     )
     return 1 if lost else 0

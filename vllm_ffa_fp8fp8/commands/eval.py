@@ -21,7 +21,7 @@ from vllm_ffa_fp8fp8.commands.engine_options import (
 from vllm_ffa_fp8fp8.commands.engine_process import watch
 from vllm_ffa_fp8fp8.commands.eval_engine import evaluate
 from vllm_ffa_fp8fp8.commands.eval_report import entries, show, unpruned
-from vllm_ffa_fp8fp8.commands.eval_tasks import ANSWER_ROOM, fitting_lengths
+from vllm_ffa_fp8fp8.commands.eval_tasks import ANSWER_ROOM, NOTES, fitting_lengths
 from vllm_ffa_fp8fp8.config import preset_names
 from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, parse_setting, settings_of
 
@@ -52,8 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"model takes, on the CPU {' '.join(map(str, CPU_LENGTHS))})",
     )  # fmt: skip
     add(
+        "--texts", type=int, metavar="N",
+        help="texts of each task and length, of which those of codes ask "
+        f"{NOTES} questions each: 50 for 500 questions (default: 3 or 10, as the task has it)",
+    )  # fmt: skip
+    add(
         "--limit", type=int, metavar="N",
-        help=f"documents of each task and length (default: all, on the CPU {CPU_LIMIT})",
+        help=f"documents of each task and length (default: all, on the CPU {CPU_LIMIT} unless "
+        "--texts is given)",
     )  # fmt: skip
     add_engine_arguments(parser)
     add("--json", type=Path, metavar="FILE", help="keep the figures")
@@ -82,11 +88,12 @@ def eval_settings(options: argparse.Namespace) -> list[Setting]:
 def make_job(options: argparse.Namespace, settings: list[Setting]) -> dict[str, Any]:
     """What `evaluate` takes, for all engines. Raises ValueError."""
     on_cpu = environment.is_cpu_build()
+    for name in ("limit", "texts"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ValueError(f"--{name} is 1 or more, not {number}")
     limit = options.limit
-    if limit is None and on_cpu:
+    if limit is None and options.texts is None and on_cpu:
         limit = CPU_LIMIT
-    elif limit is not None and limit < 1:
-        raise ValueError(f"--limit is 1 or more, not {limit}")
     folder = model_folder(options.model)
     asked = options.lengths or (CPU_LENGTHS if on_cpu else LENGTHS)
     lengths = fitting_lengths(asked, max_positions(folder))
@@ -107,6 +114,7 @@ def make_job(options: argparse.Namespace, settings: list[Setting]) -> dict[str, 
         "llm": own | engine_arguments(options.engine_args, "eval"),
         "parts": [(task, length) for task in dict.fromkeys(tasks) for length in lengths],
         "limit": limit,
+        "texts": options.texts,
     }
 
 

@@ -8,6 +8,9 @@ from vllm_ffa_fp8fp8.integration.compat import backend_names
 
 TASKS = "lm_eval"
 """The folder in configs/."""
+TOGETHER = 50
+"""Documents that are asked at a time: those of one text are next to each other, and find its pages
+in the prefix cache."""
 
 
 def evaluate(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
@@ -15,19 +18,33 @@ def evaluate(job: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]
 
     Args:
         job: `llm` (arguments of lm-eval's model `vllm`), `parts` (`[task, length]` each), `limit`
-            (documents of a part, or None for all).
+            (documents of a part, or None for all), `texts` (of a part, or None for the task's).
     """
     tell("importing vLLM and lm-eval")
-    from lm_eval.models.vllm_causallms import VLLM
     from vllm.platforms import current_platform
 
     tell("loading the model")
     usual = {"enforce_eager": current_platform.is_cpu(), "disable_log_stats": True}
-    model = VLLM(batch_size="auto", **usual | job["llm"])
+    model = model_class()(batch_size="auto", **usual | job["llm"])
     return {
         "backend": model.model.collective_rpc(backend_names)[0],
         "parts": [evaluate_part(model, job, part, tell) for part in job["parts"]],
     }
+
+
+def model_class() -> type:
+    """lm-eval's model `vllm`, which asks a few documents at a time: lm-eval sorts by length what it
+    is given at once, and has the texts of all of it in use."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    class InTurn(VLLM):
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            answers: list[str] = []
+            for first in range(0, len(requests), TOGETHER):
+                answers += super().generate_until(requests[first : first + TOGETHER], disable_tqdm)
+            return answers
+
+    return InTurn
 
 
 def evaluate_part(
@@ -41,6 +58,8 @@ def evaluate_part(
     task, length = part
     tell(f"{task}, {length:,} tokens")
     metadata = {key: job["llm"][key] for key in ("pretrained", "max_model_len")}
+    if job["texts"] is not None:
+        metadata["texts"] = job["texts"]
     manager = TaskManager(
         include_path=str(resources.files("vllm_ffa_fp8fp8.configs") / TASKS),
         include_defaults=False,

@@ -44,7 +44,7 @@ class Options:
     @property
     def family(self) -> str:
         """What it has beside the points of its curve, as a legend says it."""
-        defaults = FFAConfig().to_dict()
+        defaults = FFAConfig(rule="threshold").to_dict()
         others = [
             SHORT.get((name, value), f"{name} {value}".replace("block_size", "blocks of"))
             for name, value in self.options.items()
