@@ -117,6 +117,47 @@ def test_quality_of_all_models_stands_in_one_table(tmp_path):
     assert "H200" in shown and "commit a, b." in shown and "0.900" not in shown
 
 
+def timed(folder, environment, **figures):
+    """`figures`: options, kept and microseconds, of two layers that take a little less and more."""
+    records = [
+        {"layer": layer, "length": 32_000, "batch": 8, "us": us + layer - 1, "kept": kept}
+        | {"series": name if name.startswith("fa3") else "ours", "setting": name}
+        | {"options": options, "kept_by_head": [], "error": 0.1, "commit": "bcd2345"}
+        for name, (options, kept, us) in figures.items()
+        for layer in (0, 2)
+    ]
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128}
+    content = {"benchmark": "layers", "environment": environment, "model": "small"}
+    (folder / "layers-a.json").write_text(
+        json.dumps(content | {"shape": shape, "figures": records})
+    )
+
+
+def test_presets_stand_beside_both_caches(tmp_path):
+    def share(tau, block_size=16):
+        return {"rule": "share", "tau": tau, "block_size": block_size}
+
+    judged(tmp_path, "a", NEW, "small", 8000, **{"fp8 cache": 1.0, "fine": 0.06, "coarse": 0.02})
+    file = tmp_path / "quality-a.json"
+    content = json.loads(file.read_text())
+    for setting, tau in zip(content["settings"][2:], (0.012, 0.05), strict=True):
+        setting["options"] = share(tau)
+    file.write_text(json.dumps(content))
+    peers = {"fa3-bf16": ({}, 1.0, 360.0), "fa3-fp8": ({}, 1.0, 180.0)}
+    ours = {"near": (share(0.01, None), 0.065, 120.0), "pages": (share(0.01, 64), 0.02, 90.0)}
+    timed(tmp_path, NEW, **peers, **ours)
+    shown = TABLES["presets"](Published(tmp_path))
+    (balanced,) = (line for line in shown.splitlines() if line.startswith("| `balanced`"))
+    assert balanced.endswith("| 513 | 0.060, 6.0e-03 (0.06) | 120.0 (at 0.065) | 3.00 | 1.50 |")
+    (fast,) = (line for line in shown.splitlines() if line.startswith("| `fast`"))
+    assert fast.endswith("| 513 | 0.020, 2.0e-03 (0.02) | 120.0 (at 0.065) | 3.00 | 1.50 |")
+    timed(tmp_path, NEW, **peers, less=(share(0.2), 0.01, 80.0))
+    shown = TABLES["presets"](Published(tmp_path))
+    assert shown.count("| not measured yet | - | - |") == 3  # exact, too
+    assert "| vLLM's fp8 cache | 256 | 1, 1.0e-01 | 180.0 | 2.00 | 1.00 |" in shown
+    assert "commit a. Decode: a layer of small" in shown and "commit bcd2345." in shown
+
+
 def test_unknown_names_are_told():
     with pytest.raises(ValueError, match="no table is called 'decade'"):
         fill("<!-- table: decade -->\n<!-- /table -->", TABLES, Published(ROOT / "plot"))

@@ -257,13 +257,13 @@ def test_lm_eval_understands_every_way_of_the_page(tmp_path, monkeypatch):
     for command in commands:
         found = model_args(monkeypatch, command)
         assert chosen.items() <= found.items()
-        options = found.get("additional_config", {"ffa_fp8fp8": {"delta": 5}})
-        assert options == {"ffa_fp8fp8": {"delta": 5}}
+        options = found.get("additional_config", {"ffa_fp8fp8": {"tau": 0.05}})
+        assert options == {"ffa_fp8fp8": {"tau": 0.05}}
     assert sum("additional_config" in command for command in commands) == 2
 
 
 def test_what_the_page_says_cannot_work_does_not(monkeypatch):
     (said,) = re.findall(r"`(pretrained=MODEL,additional_config=){", PAGE.read_text("utf-8"))
-    arguments = said + '{"ffa_fp8fp8": {"delta": 5}}'
+    arguments = said + '{"ffa_fp8fp8": {"tau": 0.05}}'
     with pytest.raises(ValueError, match="Invalid JSON"):
         model_args(monkeypatch, f"lm-eval run --model vllm --tasks T --model_args '{arguments}'")

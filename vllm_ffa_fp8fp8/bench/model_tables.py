@@ -5,6 +5,7 @@ from typing import Any
 from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, OURS, Cell, Figures
 from vllm_ffa_fp8fp8.bench.decode_tables import DECODE_TABLES, cell_of, has_main
 from vllm_ffa_fp8fp8.bench.model_shapes import PROJECTIONS
+from vllm_ffa_fp8fp8.bench.preset_tables import PRESET_TABLES
 from vllm_ffa_fp8fp8.bench.published import KPROJ, RETRIEVAL, SERVING, Published, Source
 from vllm_ffa_fp8fp8.bench.quality_tables import QUALITY_TABLES
 from vllm_ffa_fp8fp8.bench.report import conditions, ratio
@@ -186,6 +187,7 @@ def answer_table(published: Published) -> str:
 TABLES: Tables = (
     DECODE_TABLES
     | QUALITY_TABLES
+    | PRESET_TABLES
     | {
         "answers": answer_table,
         "serving": serving_table,

@@ -3,19 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from vllm_ffa_fp8fp8.bench.cells import Figures
 from vllm_ffa_fp8fp8.bench.files import read_records
-from vllm_ffa_fp8fp8.bench.pictures.sources import QUALITY, model_name, read_quality
+from vllm_ffa_fp8fp8.bench.pictures.sources import (
+    LAYERS,
+    QUALITY,
+    LayerFigure,
+    model_name,
+    read_layers,
+    read_quality,
+)
 from vllm_ffa_fp8fp8.bench.store import benchmark_of, read_decode
 from vllm_ffa_fp8fp8.environment import release
 
+STACK = ("gpu", "torch", "triton", "vllm")
 KPROJ, SERVING = "kproj", "serving"
 RETRIEVAL = "retrieval"
 """Answers of a real model: no command makes them, see the records."""
-DRAWN = ("layers",)
-"""What `plot` draws, and no table shows."""
 
 
 @dataclass
@@ -49,12 +56,34 @@ def read_judged(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
         "last": file.last,
         "commit": file.environment.get("commit", ""),
     }
-    names = ("gpu", "torch", "triton", "vllm")
     records = [
-        subject | {"name": found.name, "kept": found.kept, "kl_mean": found.kl_mean}
+        subject
+        | {"name": found.name, "kept": found.kept, "kl_mean": found.kl_mean}
+        | {"options": found.setting.options if found.setting else {}}
         for found in file.settings
     ]
-    return {name: file.environment[name] for name in names}, records
+    return {name: file.environment[name] for name in STACK}, records
+
+
+def read_timed(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Environment and means over layers of a file of `bench layers`, where all were timed. Raises
+    ValueError."""
+    file = read_layers(path)
+    groups: dict[tuple, list[LayerFigure]] = {}
+    for f in file.figures:
+        groups.setdefault((f.length, f.batch, f.series, f.setting), []).append(f)
+    records = [
+        {
+            "model": model_name(file.model),
+            **dict(zip(("length", "batch", "series", "setting"), key, strict=True)),
+            "us": fmean(figure.us for figure in figures),
+            "kept": fmean(figure.kept for figure in figures),
+            "commit": figures[0].commit,
+        }
+        for key, figures in groups.items()
+        if all(figure.us is not None for figure in figures)
+    ]
+    return {name: file.environment[name] for name in STACK}, records
 
 
 class Published:
@@ -64,13 +93,13 @@ class Published:
         found: dict[tuple, Source] = {}
         for path in sorted(folder.glob("*.json")):
             benchmark = benchmark_of(path)
-            if benchmark in DRAWN:
-                continue
             figures, records = {}, []
             if benchmark in (KPROJ, SERVING, RETRIEVAL):
                 environment, records = read_records(path, benchmark)
             elif benchmark == QUALITY:
                 environment, records = read_judged(path)
+            elif benchmark == LAYERS:
+                environment, records = read_timed(path)
             else:
                 environment, figures = read_decode(path)
             key = (benchmark, *sorted(environment.items()))
