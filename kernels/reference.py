@@ -150,6 +150,11 @@ def _sinks_of_rows(
     return sinks.to(rows).view(rows.shape[0], -1).repeat(1, query_len)
 
 
+def _capped(scores: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    """`scores` under a soft cap in their units; None or 0: no cap."""
+    return soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
+
+
 def _unseen(seq_len: int, query_len: int, num_rows: int, device: torch.device) -> torch.Tensor:
     """Which tokens come after a group's row, bool `[num_rows, seq_len]`."""
     positions = torch.arange(seq_len, device=device)
@@ -168,6 +173,7 @@ def decode_attention_reference(
     delta: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    logits_soft_cap: float | None = None,
     layer: int = 0,
     dealt: Sequence[Mapping[str, int]] | None = None,
     query_start_loc: torch.Tensor | None = None,
@@ -189,6 +195,7 @@ def decode_attention_reference(
         query_start_loc = torch.arange(num_reqs + 1) * (query.shape[0] // num_reqs)
     starts = query_start_loc.tolist()
     scale_log2 = scale * math.log2(math.e)
+    soft_cap_log2 = (logits_soft_cap or 0.0) * math.log2(math.e)
     output = torch.zeros(query.shape, dtype=dtype, device=query.device)
     kept_blocks = []
     for request, seq_len in enumerate(seq_lens.tolist()):
@@ -216,6 +223,7 @@ def decode_attention_reference(
             scores = rows @ _widen(base, dtype).mT * scale_log2
             if exponent is not None:
                 scores = scores * _power_of_two(exponent, dtype).mT
+            scores = _capped(scores, soft_cap_log2)
             scores = scores.masked_fill(unseen, -math.inf)
             if tau is not None:
                 shared = dealt[request] if dealt else {}
@@ -248,7 +256,7 @@ def decode_attention_reference(
                 planes.residual_scale,
                 dtype,
             )
-            scores = rows[head] @ key.mT * scale
+            scores = _capped(rows[head] @ key.mT * scale, logits_soft_cap)
             scores += counts[head].expand(-1, seq_len)[:, chosen] * math.log(2)
             scores = scores.masked_fill(unseen[:, chosen], -math.inf)
             chosen_value = join_value_reference(

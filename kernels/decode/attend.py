@@ -12,6 +12,7 @@ from ..cache.paged_rows import (
     unit_pointers,
 )
 from .query import dot_query
+from .soft_cap import cap_scores
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def softmax_update(accumulator, weight_sums, reference, scores, value, value_sca
 @triton.jit
 def attend_tile(
     accumulator, weight_sums, reference,
-    query, factor, limits, units, positions, added, seq_len, cache,
+    query, factor, soft_cap, limits, units, positions, added, seq_len, cache,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr,
     HAS_SCORES: tl.constexpr, RAISE: tl.constexpr, MASKED: tl.constexpr,
     DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
@@ -113,8 +114,9 @@ def attend_tile(
     """Adds the tokens at `units` (see `pick_units`), which stand at `positions`, int32 `[TOKENS]`,
     to a running softmax. Those from `seq_len` on do not exist.
 
-    `added`, float32 `[TOKENS, ROWS_PADDED]`, log2 units, is added to the scores; HAS_SCORES: it
-    holds their dot with the base, which is not read. See `attend_blocks` for the other arguments.
+    `added`, float32 `[TOKENS, ROWS_PADDED]`, log2 units, is added to the scores, which are under
+    the cap then; HAS_SCORES: it holds their dot with the base, which is not read, and they come
+    under the cap together. See `attend_blocks` for the other arguments.
     """
     HAS_RESIDUAL: tl.constexpr = cache.key_residual.pointer is not None
     HAS_EXPONENT: tl.constexpr = cache.key_exponent.pointer is not None
@@ -137,7 +139,12 @@ def attend_tile(
         scores += dot_query(residual, query, QUERY) * (1.0 / PAGE.RESIDUAL_SCALE)
     if (not HAS_SCORES) or HAS_RESIDUAL:
         scores *= factor[None, :] * tile_scales(key_exponents, tokens, HAS_EXPONENT)[:, None]
-    scores = tl.where(positions[:, None] < limits[None, :], scores + added, float("-inf"))
+    seen = positions[:, None] < limits[None, :]
+    if HAS_SCORES:
+        scores = cap_scores(scores + added, soft_cap)
+    else:
+        scores = cap_scores(scores, soft_cap) + added
+    scores = tl.where(seen, scores, float("-inf"))
     if RAISE:
         accumulator, weight_sums, reference = raise_reference(
             accumulator, weight_sums, reference, tl.max(scores, axis=0)
@@ -166,7 +173,7 @@ def load_scores(
 @triton.jit
 def attend_blocks(
     accumulator, weight_sums, reference,
-    query, factor, limits, kept, kept_late, num_blocks,
+    query, factor, soft_cap, limits, kept, kept_late, num_blocks,
     first_block, step, seq_len, places, scores_ptr, cache,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
     FROM_SCORES: tl.constexpr, RAISE: tl.constexpr,
@@ -177,7 +184,7 @@ def attend_blocks(
     FROM_SCORES: the scan's scores stand for the dot with the base, which is not read again.
     Otherwise the blocks are the first `num_blocks` ones. RAISE: `reference` rises with the scores;
     otherwise it is near their maximum, as the residual does not move it beyond what bfloat16
-    weights hold. See `scan_blocks` for the arguments and
+    weights hold. `soft_cap`: of `cap_scores`. See `scan_blocks` for the other arguments and
     `softmax_update` for the state, which is returned.
     """
     SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
@@ -193,7 +200,7 @@ def attend_blocks(
         positions = (first_block + index * step) * SIZE + tokens
         accumulator, weight_sums, reference = attend_tile(
             accumulator, weight_sums, reference,
-            query, factor, limits, units, positions, added, seq_len, cache,
+            query, factor, soft_cap, limits, units, positions, added, seq_len, cache,
             PAGE, BLOCK, QUERY, FROM_SCORES, RAISE, not PAGE.WHOLE_PAGES, DTYPE, VALUE_DTYPE,
         )
     return accumulator, weight_sums, reference
@@ -234,8 +241,8 @@ def largest_scores(
     PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The largest base score of the tokens that `attend_runs` takes, log2 units, float32
-    `[ROWS_PADDED]`. See there for the arguments."""
+    """The largest base score, not capped, of the tokens that `attend_runs` takes, log2 units,
+    float32 `[ROWS_PADDED]`. See there for the arguments."""
     RUN: tl.constexpr = BLOCK.UNIT
     TOKENS: tl.constexpr = run_tile(BLOCK)
     RUNS: tl.constexpr = TOKENS // RUN
@@ -262,7 +269,7 @@ def largest_scores(
 @triton.jit
 def attend_runs(
     accumulator, weight_sums, reference,
-    query, factor, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,
+    query, factor, soft_cap, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
     RAISE: tl.constexpr, DTYPE: tl.constexpr, VALUE_DTYPE: tl.constexpr,
 ):
@@ -289,7 +296,7 @@ def attend_runs(
         added = tl.load(weights_ptr + weights) + tl.zeros([TOKENS, ROWS_PADDED], tl.float32)
         accumulator, weight_sums, reference = attend_tile(
             accumulator, weight_sums, reference,
-            query, factor, limits, places, positions, added, seq_len, cache,
+            query, factor, soft_cap, limits, places, positions, added, seq_len, cache,
             PAGE, BLOCK, QUERY, False, RAISE, RUNS > 1 or not PAGE.WHOLE_PAGES,
             DTYPE, VALUE_DTYPE,
         )

@@ -34,6 +34,7 @@ def decode_attention(
     delta: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    logits_soft_cap: float | None = None,
     layer: int = 0,
     query_start_loc: torch.Tensor | None = None,
     query_len: int | None = None,
@@ -78,11 +79,14 @@ def decode_attention(
             pruned.
         sinks: `[num_heads]`, natural units, contiguous: of each head a score that takes part in the
             softmax, and in what is skipped, and has no value; None: none.
+        logits_soft_cap: a score s, natural units, becomes `cap * tanh(s / cap)`, in what is
+            skipped, too, and sinks do not; None or 0: no cap.
         layer: tells the draws of layers apart.
         min_context: requests with fewer tokens run unpruned.
-        precomputed_threshold: a tensor: thresholds, float32 `[num_tokens, num_heads]`,
-            contiguous, log2 units, in use where `delta` is finite and the request not shorter than
-            `min_context`; True: compute them in a kernel of their own; False: in every program.
+        precomputed_threshold: a tensor: thresholds of capped scores, float32 `[num_tokens,
+            num_heads]`, contiguous, log2 units, in use where `delta` is finite and the request not
+            shorter than `min_context`; True: compute them in a kernel of their own; False: in every
+            program.
         counters: of `new_counters`, contiguous, to which is added.
         launch_pdl: start before the kernel ahead in the stream has ended (programmatic dependent
             launch, from compute capability 9.0 on; no effect elsewhere, nor where nothing is
@@ -129,6 +133,7 @@ def decode_attention(
         "limit_ptr": limit,
         "limit_stride": int(limit is not None and limit.shape[0] == num_reqs),
         "scale_log2": scale * math.log2(math.e),
+        "soft_cap": logits_soft_cap * math.log2(math.e) if logits_soft_cap else None,
         "PAGE": page_shape(planes),
         "QUERY": QueryShape(
             num_kv_heads, group, query_len, group * query_len, max(8, rows),

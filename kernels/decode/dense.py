@@ -1,5 +1,7 @@
 """Pruned decode over dense tensors, FP8 base and FP8 residual, without a page table."""
 
+import math
+
 import torch
 import triton
 
@@ -18,6 +20,7 @@ def attn_forward_decode_fp8fp8(
     *,
     k_residual: torch.Tensor | None = None,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
     BS: int = 128,
     SBS: int | None = None,
     delta: float = 5.0,
@@ -37,11 +40,12 @@ def attn_forward_decode_fp8fp8(
         v: `[B, T, HKV, V]`, of q's dtype, V = K.
         k_residual: like `k_fp8`, if K is FP8; needed there if `use_fp8_residual`.
         scale: factor on q . k; 1 / sqrt(K) if None.
+        logits_soft_cap: a score s becomes `cap * tanh(s / cap)`, natural units; None or 0: no cap.
         BS: tokens of a block; 16, 32, 64 or 128.
         SBS: tokens that are kept or skipped together, a divisor of BS; BS if None.
         delta: log2 units; inf for no pruning.
         precomputed_threshold: float32 `[B, HQ]`, log2 units, used as it is; otherwise the largest
-            base score of the first and the last 16 tokens minus `delta`.
+            base score, capped, of the first and the last 16 tokens minus `delta`.
         use_fp8_residual: add the residual to the keys of kept blocks.
         return_skip_ratio: also return the fraction of (block, KV head) pairs skipped, which waits
             for the device.
@@ -54,6 +58,8 @@ def attn_forward_decode_fp8fp8(
     """
     block_size = BS if SBS is None else SBS
     _check(q, k_fp8, v, k_residual, BS, block_size, delta, precomputed_threshold, use_fp8_residual)
+    if logits_soft_cap is not None and not 0 <= logits_soft_cap < math.inf:
+        raise ValueError(f"logits_soft_cap must be finite and >= 0, got {logits_soft_cap}")
     batch, _, num_heads, head_size = q.shape
     seq_len, num_kv_heads = k_fp8.shape[1:3]
     residual = k_residual if use_fp8_residual else None
@@ -96,6 +102,7 @@ def attn_forward_decode_fp8fp8(
         DecodeScratch.allocate(limits, device),
         output,
         scale=head_size**-0.5 if scale is None else scale,
+        logits_soft_cap=logits_soft_cap,
         delta=torch.tensor([delta], dtype=torch.float32, device=device),
         precomputed_threshold=threshold,
         counters=counters,

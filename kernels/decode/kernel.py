@@ -13,6 +13,7 @@ from .merge import count_item, hand_over
 from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
+from .soft_cap import cap_scores, uncapped
 
 
 class KernelTuning(NamedTuple):
@@ -47,6 +48,7 @@ def decode_kernel(
     limit_ptr,  # delta
     limit_stride,
     scale_log2,
+    soft_cap,  # of scores, log2 units; None: none
     min_context,
     counters_ptr,
     PAGE: tl.constexpr,
@@ -113,7 +115,8 @@ def decode_kernel(
         delta = tl.where(seq_len < min_context, float("inf"), limit)
         if FIND_ANCHORS:
             threshold = anchor_threshold(
-                rows, factor, limits, delta, seq_len, anchors, anchor_scales, QUERY, DTYPE
+                rows, factor, soft_cap, limits, delta, seq_len, anchors, anchor_scales,
+                QUERY, DTYPE,
             )
         else:
             NUM_HEADS: tl.constexpr = QUERY.NUM_KV_HEADS * QUERY.GROUP
@@ -122,6 +125,7 @@ def decode_kernel(
             threshold = tl.where(delta == float("inf"), float("-inf"), threshold)
         if sinks_ptr is not None:
             threshold = tl.maximum(threshold, sinks - delta)
+        threshold = uncapped(threshold, soft_cap)
         # rows that pad the group never keep a block
         threshold = tl.where(row_exists, threshold, float("inf"))
 
@@ -151,13 +155,13 @@ def decode_kernel(
             )
             if not RAISE:
                 accumulator, weight_sums, reference = raise_reference(
-                    accumulator, weight_sums, reference, largest
+                    accumulator, weight_sums, reference, cap_scores(largest, soft_cap)
                 )
             num_attended = num_kept(kept, kept_late)
             tl.debug_barrier()  # scores are written by some threads, read by others
         accumulator, weight_sums, reference = attend_blocks(
             accumulator, weight_sums, reference,
-            rows, factor, limits, kept, kept_late, num_attended,
+            rows, factor, soft_cap, limits, kept, kept_late, num_attended,
             first_block, num_items, seq_len, places, scores_ptr, cache,
             PAGE, BLOCK, QUERY, TUNING, PRUNE, RAISE, DTYPE, VALUE_DTYPE,
         )

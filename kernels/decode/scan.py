@@ -12,6 +12,7 @@ from ..cache.paged_rows import (
     token_pointers,
 )
 from .query import dot_query, load_query, query_rows, query_span, split_query
+from .soft_cap import cap_scores
 
 ANCHOR_TOKENS: tl.constexpr = tl.constexpr(16)
 """How many of a request's first and of its last tokens set the threshold."""
@@ -84,14 +85,16 @@ def anchor_scores(
 
 @triton.jit
 def anchor_threshold(
-    query, factor, limits, delta, seq_len, key, scales, QUERY: tl.constexpr, DTYPE: tl.constexpr
+    query, factor, soft_cap, limits, delta, seq_len, key, scales,
+    QUERY: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """The largest base score of the anchors minus `delta`, log2 units, `[ROWS_PADDED]`.
+    """The largest base score of the anchors, under the cap, minus `delta`, log2 units,
+    `[ROWS_PADDED]`.
 
     See `anchor_scores` for the arguments.
     """
     scores = anchor_scores(query, factor, limits, seq_len, key, scales, QUERY, DTYPE)
-    return tl.max(scores, axis=0) - delta
+    return cap_scores(tl.max(scores, axis=0), soft_cap) - delta
 
 
 @triton.jit
@@ -150,6 +153,7 @@ def scan_blocks(
     `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many tokens of the
     request a query row sees, `seen_by_all` the least of them. A block is kept if one of its tokens
     reaches `threshold`, float32 `[ROWS_PADDED]`, in one row, or if it is `newest_block` or newer.
+    No score here is capped.
     `cache`: of `cache_of_head`.
 
     Writes the scores of kept blocks, log2 units, to `scores[index, token, row]`.
@@ -214,6 +218,7 @@ def decode_threshold_kernel(
     limit_ptr,
     limit_stride,
     scale_log2,
+    soft_cap,
     PAGE: tl.constexpr,
     QUERY: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -235,7 +240,9 @@ def decode_threshold_kernel(
     rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
     delta = tl.load(limit_ptr + request * limit_stride)
-    threshold = anchor_threshold(rows, factor, limits, delta, seq_len, key, scales, QUERY, DTYPE)
+    threshold = anchor_threshold(
+        rows, factor, soft_cap, limits, delta, seq_len, key, scales, QUERY, DTYPE
+    )
     NUM_HEADS: tl.constexpr = QUERY.NUM_KV_HEADS * QUERY.GROUP
     place = (token + row_tokens) * NUM_HEADS + kv_head * QUERY.GROUP + row_heads
     tl.store(threshold_ptr + place, threshold, mask=exists)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .scan import score_tile, tile_tokens_of
+from .soft_cap import cap_scores
 
 LOG2_CHANCES: tl.constexpr = tl.constexpr(20)
 CHANCES: tl.constexpr = tl.constexpr(1 << 20)
@@ -16,7 +17,7 @@ room for the sum of all blocks."""
 
 @triton.jit
 def weigh_blocks(
-    query, factor, limits, reference,
+    query, factor, soft_cap, limits, reference,
     first_span, step, num_spans, seq_len, seen_by_all, places, masses_ptr, masses_stride, cache,
     PAGE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr,
     TUNING: tl.constexpr, DTYPE: tl.constexpr,
@@ -28,9 +29,9 @@ def weigh_blocks(
     The chunk is `num_spans` spans of blocks, `first_span` and every `step`-th of the request after
     it, read in tiles of TILE_BLOCKS spans.
 
-    `query, factor`: of `split_query`. `limits`, int32 `[ROWS_PADDED]`: how many tokens of the
-    request a query row sees, `seen_by_all` the least of them. `reference`, float32
-    `[ROWS_PADDED]`, log2 units. `cache`: of `cache_of_head`.
+    `query, factor`: of `split_query`, `soft_cap`: of `cap_scores`. `limits`, int32
+    `[ROWS_PADDED]`: how many tokens of the request a query row sees, `seen_by_all` the least of
+    them. `reference`, float32 `[ROWS_PADDED]`, log2 units. `cache`: of `cache_of_head`.
     """
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     SPAN_SIZE: tl.constexpr = SPAN.BLOCK_SIZE
@@ -47,7 +48,8 @@ def weigh_blocks(
             query, limits, first_span, step, index, seq_len, seen_by_all, places,
             tile_tokens, tile_positions, cache, PAGE, SPAN, QUERY, DTYPE, TILE_SPANS,
         )
-        masses = tl.exp2(scores * factor[None, :] - reference[None, :])
+        scores = cap_scores(scores * factor[None, :], soft_cap)
+        masses = tl.exp2(scores - reference[None, :])
         masses = tl.reshape(masses, (BLOCKS, RUNS, TILE_SPANS, 16, ROWS_PADDED))
         masses = tl.sum(tl.sum(masses, axis=1), axis=2)
         exists = (index * BLOCKS + tile_blocks < num_spans * BLOCKS)[:, :, None]

@@ -13,6 +13,7 @@ from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .scan import anchor_scores, load_anchor_pages, load_anchors
 from .share import MOST_MASS, choose_blocks, weigh_blocks
+from .soft_cap import cap_scores
 
 
 @triton.jit
@@ -50,6 +51,7 @@ def weigh_kernel(
     limit_ptr,  # tau
     limit_stride,
     scale_log2,
+    soft_cap,  # of scores, log2 units; None: none
     min_context,
     PAGE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -100,7 +102,7 @@ def weigh_kernel(
     scores = anchor_scores(
         rows, factor, limits, seq_len, anchors, anchor_scales, QUERY, DTYPE
     )
-    reference = tl.max(scores, axis=0)
+    reference = cap_scores(tl.max(scores, axis=0), soft_cap)
     num_spans = tl.where((seq_len < min_context) | (tau <= 0), 0, num_spans)
     masses_ptr, stride = masses_of_item(
         scratch, mass_place, kv_head, (request_spans + num_items - 1) // num_items, QUERY, BLOCKS
@@ -113,7 +115,7 @@ def weigh_kernel(
             SPAN, CHUNK_SPANS,
         )
         sums += weigh_blocks(
-            rows, factor, limits, reference,
+            rows, factor, soft_cap, limits, reference,
             first_span, num_items, tl.minimum(num_spans - chunk_begin, CHUNK_SPANS), seq_len,
             seen_by_all, places, masses_ptr + chunk_begin * BLOCKS, stride, cache,
             PAGE, SPAN, BLOCK, QUERY, TUNING, DTYPE,
@@ -160,6 +162,7 @@ def draw_kernel(
     limit_ptr,
     limit_stride,
     scale_log2,
+    soft_cap,
     min_context,
     layer,
     counters_ptr,
@@ -250,12 +253,14 @@ def draw_kernel(
                     rows, factor, limits, num_runs, seq_len, runs_ptr, cache,
                     PAGE, BLOCK, QUERY, TUNING, DTYPE,
                 )
+                largest = cap_scores(largest, soft_cap)
             accumulator, weight_sums, reference = raise_reference(
                 accumulator, weight_sums, reference, largest
             )
         accumulator, weight_sums, reference = attend_runs(
             accumulator, weight_sums, reference,
-            rows, factor, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr, cache,
+            rows, factor, soft_cap, limits, row_tokens, num_runs, seq_len, runs_ptr, weights_ptr,
+            cache,
             PAGE, BLOCK, QUERY, TUNING, RAISE, DTYPE, VALUE_DTYPE,
         )
         tl.debug_barrier()  # before the next chunk's take their place

@@ -30,7 +30,9 @@ def reference(batch: Batch, delta: torch.Tensor | None, planes=None, table=None,
     )
 
 
-def plain_attention(batch: Batch, kept: list[torch.Tensor]) -> torch.Tensor:
+def plain_attention(
+    batch: Batch, kept: list[torch.Tensor], logits_soft_cap: float | None = None
+) -> torch.Tensor:
     """Attention to the kept blocks in the model's dtype, as torch does it."""
     case, planes = batch.case, batch.planes()
     query = batch.query().unflatten(0, (-1, case.query_len))
@@ -43,6 +45,8 @@ def plain_attention(batch: Batch, kept: list[torch.Tensor]) -> torch.Tensor:
             for token in range(case.query_len):
                 seen = tokens[: length - case.query_len + 1 + token].nonzero().squeeze(1)
                 scores = query[request, token, heads] @ key[seen, head].mT * case.scale
+                if logits_soft_cap:
+                    scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
                 output[request, token, heads] = torch.softmax(scores, -1) @ value[seen, head]
     return output.flatten(0, 1)
 

@@ -59,6 +59,7 @@ class DecodeCall:
     batch_invariant: bool = False
     uneven: bool = False  # query tokens
     sinks: bool = False
+    logits_soft_cap: float | None = None
 
     @property
     def limits(self) -> DecodeLimits:
@@ -97,6 +98,7 @@ class DecodeCall:
             query_start_loc=torch.zeros(num_reqs + 1, dtype=torch.int32) if self.uneven else None,
             query_len=case.query_len,
             sinks=torch.zeros(query.shape[1], dtype=case.dtype) if self.sinks else None,
+            logits_soft_cap=self.logits_soft_cap,
             min_context=1024,
             precomputed_threshold=given,
             counters=new_counters(case.num_kv_heads, CPU) if self.counts else None,
@@ -230,6 +232,7 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     yield decode("pruned, batch invariant", batch_invariant=True)
     for name, rule in {"pruned": "threshold", "share": "share", "dense": "none"}.items():
         yield decode(f"{name}, sinks", rule=rule, sinks=True)
+        yield decode(f"{name}, soft cap", rule=rule, logits_soft_cap=50.0)
     yield decode("pruned, no residual", replace(main, residual=False))
     yield decode("share, few requests", rule="share", num_reqs=1)
     yield decode("share, blocks of 16, few requests", small, rule="share", num_reqs=1)
