@@ -42,7 +42,7 @@ fuzz: $(READY)
 	FFA_FUZZ_CASES=$(FFA_FUZZ_CASES) FFA_FUZZ_SEED=$(FFA_FUZZ_SEED) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 0 -rP tests/fuzz $(ARGS)
 
 soak: $(READY)
-	$(BIN)/python scripts/soak.py --model $(MODEL) --minutes 3 $(ARGS)
+	$(BIN)/python scripts/soak.py --model $(MODEL) --minutes 3 --drafts 0 4 $(ARGS)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -m gpu -n 4 --dist loadgroup --no-loadscope-reorder tests/engine tests/kernels $(ARGS)

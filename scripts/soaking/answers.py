@@ -75,16 +75,32 @@ def has_form(form: str, text: str) -> bool:
 
 
 async def gap(server: Server, request: Request, ours: Answer) -> float | None:
-    """How much less likely our first other token is than the one that `server` takes there; None
-    where all are the same, infinite where it is not among the best."""
+    """How much less likely our first other token is than the one that `server` takes there: as it
+    decodes, or with what precedes as a prompt, whichever is less, since it rounds otherwise then.
+    None where all are the same, infinite where ours is not among the best."""
     options = request.options | {"logprobs": TOP}
     (theirs,) = await ask(server, Request(request.prompt, options, form=request.form))
-    return first_gap(ours.tokens, theirs)
+    place = first_difference(ours.tokens, theirs.tokens)
+    if place is None:
+        return None
+    if place == min(len(ours.tokens), len(theirs.tokens)):
+        return float("inf")
+    again = Request(request.prompt + ours.tokens[:place], options | {"max_tokens": 1})
+    (read,) = await ask(server, again)
+    token, other = ours.tokens[place], theirs.tokens[place]
+    return min(distance(best, token, other) for best in (theirs.best[place], read.best[0]))
 
 
-def first_gap(tokens: list[int], theirs: Answer) -> float | None:
-    pairs = zip(tokens, theirs.tokens, theirs.best, strict=False)
-    for token, their_token, best in pairs:
-        if token != their_token:
-            return best[their_token] - best.get(token, float("-inf"))
-    return None if len(tokens) == len(theirs.tokens) else float("inf")
+def first_difference(tokens: list[int], others: list[int]) -> int | None:
+    """Where lists part, or the shorter one ends; None where they are the same."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    parted = next((place for place, (one, other) in pairs if one != other), None)
+    if parted is None and len(tokens) != len(others):
+        return min(len(tokens), len(others))
+    return parted
+
+
+def distance(best: dict[int, float], token: int, other: int) -> float:
+    if token not in best or other not in best:
+        return float("inf")
+    return max(0.0, best[other] - best[token])

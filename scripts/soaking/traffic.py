@@ -6,7 +6,7 @@ from typing import Any
 
 NUM_DOCUMENTS = 2
 BURST = 8
-TOP = 8
+TOP = 20
 """Tokens a place whose logprobs are asked for."""
 FORMS: dict[str, dict[str, Any]] = {
     "regex": {"regex": "code [0-9]{5}"},
@@ -82,7 +82,7 @@ class Traffic:
 
     def request(self) -> Request:
         pick = self.pick
-        max_tokens = pick.choice([1, 8, 24, 48, 48])
+        max_tokens = pick.choice([1, 8, 24, 48, 128])
         prompt = self.prompt(self.max_model_len - max_tokens)
         options = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         request = Request(prompt, options, streams=pick.random() < 0.6)
