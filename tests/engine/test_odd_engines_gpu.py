@@ -44,5 +44,5 @@ def test_sleep_and_wake():
     for answer in others:
         assert answer["num_cached_tokens"] == 0
         check_same_answer(answer, first)
-    light, _ = result["skips"]
-    assert light["kept_blocks"] == light["total_blocks"] > 0
+    for counts in result["skips"]:  # they outlive sleep, and are reset by being read
+        assert counts["kept_blocks"] == counts["total_blocks"] > 0

@@ -63,7 +63,8 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.counters: torch.Tensor | None = None  # of `decode_attention`
         if self.config.counts_blocks:
             device = current_platform.device_type
-            self.counters = new_counters(self.num_kv_heads, torch.device(device))
+            with torch.inference_mode(False):  # or they can be changed in it alone
+                self.counters = new_counters(self.num_kv_heads, torch.device(device))
         self.fused_qkv: FusedQKV | None = None
         self.attention: torch.nn.Module | None = None  # the module that holds this layer
         self.is_loaded = False
@@ -86,10 +87,20 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Fuses the attention module's forward, where that can be: only now it is complete."""
+        self.register_counters()
         if self.attention is not None and self.config.fused_kproj != "off":
             self.fused_qkv = fuse(self, self.attention, self.vllm_config)
         self.is_loaded = True
         self.ops.compile_early()
+
+    def register_counters(self) -> None:
+        """As a buffer of their layer: of what layers have, vLLM's second level of sleep keeps
+        nothing else."""
+        if self.counters is None:
+            return
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            if getattr(layer, "impl", None) is self:
+                layer.register_buffer("ffa_counters", self.counters, persistent=False)
 
     def do_kv_cache_update(
         self,

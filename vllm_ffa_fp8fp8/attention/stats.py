@@ -20,7 +20,6 @@ SUMS = (*COUNTS, "left_mass", "tokens")
 class WorkerExtension:
     """`LLM(..., worker_extension_cls="vllm_ffa_fp8fp8.stats.WorkerExtension")`."""
 
-    @torch.inference_mode()  # where vLLM makes layers in it, counters can be changed nowhere else
     def ffa_skip_stats(self, reset: bool = True, by_head: bool = False) -> dict[str, Any]:
         """Counts of this worker since the last reset, over all decode steps.
 
