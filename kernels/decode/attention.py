@@ -167,7 +167,8 @@ def decode_attention(
             decode_kernel, grid, head_rows(output), scratch, plan.work, plan.arrivals,
             threshold_ptr=threshold, sinks_ptr=sinks, min_context=min_context,
             counters_ptr=counters, BLOCK=block_shape(limits.span, planes.page_size),
-            PRUNE=rule != "none", VALUE_DTYPE=value_dtype, **pdl, **tunings, **common,
+            COUNTED=limits.block_size, PRUNE=rule != "none", VALUE_DTYPE=value_dtype,
+            **pdl, **tunings, **common,
         )
         return
     common |= {

@@ -9,7 +9,7 @@ from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from .attend import attend_blocks, begin_softmax, num_kept, raise_reference
 from .early import prefetch_anchors, prefetch_tile
-from .merge import count_item, hand_over
+from .merge import count_item, hand_over, smaller_blocks
 from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
@@ -55,6 +55,7 @@ def decode_kernel(
     BLOCK: tl.constexpr,
     QUERY: tl.constexpr,
     TUNING: tl.constexpr,
+    COUNTED: tl.constexpr,
     PRUNE: tl.constexpr,
     DTYPE: tl.constexpr,
     VALUE_DTYPE: tl.constexpr,
@@ -63,7 +64,8 @@ def decode_kernel(
     """One program: one work item, one KV head, all query rows of its group.
 
     Goes through the item chunk by chunk: scans it, then attends to what it keeps. The program of
-    a request and KV head that ends last merges the partial results of all of them.
+    a request and KV head that ends last merges the partial results of all of them. What is counted
+    are blocks of COUNTED tokens, which are smaller than BLOCK's only where nothing is pruned.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -171,6 +173,9 @@ def decode_kernel(
             tl.debug_barrier()  # before the next chunk's scores take their place
 
     if counters_ptr is not None:
+        if COUNTED != BLOCK_SIZE:
+            num_blocks = smaller_blocks(seq_len, index, num_items, BLOCK_SIZE, COUNTED)
+            total_kept = num_blocks
         count_item(
             counters_ptr, kv_head, index, num_items, query_len, seq_len < min_context,
             num_blocks, total_kept, tl.zeros([], tl.int32), tl.zeros([], tl.float32),

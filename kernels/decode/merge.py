@@ -37,6 +37,17 @@ def count_item(
 
 
 @triton.jit
+def smaller_blocks(
+    seq_len, index, num_items, BLOCK_SIZE: tl.constexpr, SMALLER: tl.constexpr
+):
+    """How many blocks of SMALLER tokens, that divide those of BLOCK_SIZE, an item has."""
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    whole = (num_blocks - index + num_items - 1) // num_items * (BLOCK_SIZE // SMALLER)
+    missing = num_blocks * (BLOCK_SIZE // SMALLER) - (seq_len + SMALLER - 1) // SMALLER
+    return whole - tl.where((num_blocks - 1 - index) % num_items == 0, missing, 0)
+
+
+@triton.jit
 def merge_items(
     output, token, kv_head, query_len, partial_output_ptr, partial_lse_ptr, num_items,
     PAGE: tl.constexpr, QUERY: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
