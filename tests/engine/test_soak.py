@@ -1,5 +1,6 @@
-"""The soak in miniature: ugly traffic, and the default backend's tokens."""
+"""The soak: what it sends and what it takes for wrong; on a GPU minutes of it."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -7,34 +8,120 @@ from pathlib import Path
 
 import pytest
 from processes import MODEL, environment
-from vllm.platforms import current_platform
 
-SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 
+from soaking.answers import Answer, ask, first_difference, gap, has_form  # noqa: E402
+from soaking.server import Failure  # noqa: E402
+from soaking.traffic import FORMS, Request, Traffic  # noqa: E402
 
-def soak(to: Path, *arguments: str) -> dict:
-    command = [sys.executable, SOAK, "--model", MODEL, "--json", to, *arguments]
-    process = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    print(process.stdout[-6000:])
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
-    return json.loads(to.read_text())
+LONGEST = 300
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
-def test_traffic_in_miniature(tmp_path):
-    limits = ("--requests", "20", "--max-model-len", "240", "--page-size", "16", "--eager")
-    table = soak(tmp_path / "table.json", *limits)
-    assert table["requests"] == 20 and table["compared"] > 10
-    assert table["mismatches"] == table["crashes"] == 0
-    for name in ("aborts", "preemptions", "prefix hits, tokens", "drafts accepted"):
-        assert table[name] > 0, name
+def traffic(**changes) -> Traffic:
+    options = {"has_random": True, "has_seeds": True, "seed": 1} | changes
+    return Traffic(list(range(4 * LONGEST)), LONGEST, 512, **options)
+
+
+def test_traffic_has_all_kinds_up_to_the_models_limit():
+    some = traffic()
+    requests = [some.request() for _ in range(600)]
+    bodies = [request.body for request in requests]
+    for name in ("logprobs", "stop", "structured_outputs", "n", "seed", "top_p"):
+        assert 10 < sum(name in body for body in bodies) < 300, name
+    assert {request.form for request in requests} == {None, *FORMS}
+    assert 50 < sum(request.drop_after is not None for request in requests) < 200
+    for request, body in zip(requests, bodies, strict=True):
+        assert request.drop_after is None or request.streams
+        total = len(request.prompt) + body["max_tokens"]
+        assert (total > LONGEST) == request.is_refused
+    lengths = [len(request.prompt) for request in requests if not request.is_refused]
+    assert min(lengths) == 1 and max(lengths) == LONGEST - 1
+    starts = [tuple(request.prompt[:20]) for request in requests if len(request.prompt) >= 20]
+    assert len(set(starts)) < len(starts) / 2  # prefixes are shared
+
+
+def test_a_cpu_gets_nothing_random_beside_drafts():
+    some = traffic(has_random=False)
+    assert all(some.request().options["temperature"] == 0 for _ in range(300))
+    one, other = some.seeded()
+    assert one == other and one.body["seed"] is not None
+
+
+class Canned:
+    """Answers in turn, of one choice each."""
+
+    def __init__(self, *choices: dict, status: int = 200):
+        self.choices, self.status = list(choices), status
+
+    async def post(self, path: str, body: dict) -> tuple[int, dict]:
+        choice = {"index": 0, "text": "", "finish_reason": "length"} | self.choices.pop(0)
+        return self.status, {"choices": [choice]}
+
+
+def choice(tokens: list[int], *best: dict[int, float]) -> dict:
+    steps = [{f"token_id:{token}": logprob for token, logprob in step.items()} for step in best]
+    return {"token_ids": tokens, "logprobs": {"top_logprobs": steps}}
+
+
+def request(max_tokens: int, **options) -> Request:
+    sampling = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    return Request([1, 2], sampling | options)
+
+
+def gap_beside(tokens: list[int], *choices: dict) -> float | None:
+    return asyncio.run(gap(Canned(*choices), request(2), Answer(tokens)))
+
+
+def test_a_gap_is_the_smaller_of_two_ways_to_compute_it():
+    decoded = choice([5, 6], {5: -0.1}, {6: -0.5, 7: -0.7})
+    assert gap_beside([5, 6], decoded) is None
+    read = choice([6], {6: -0.6, 7: -0.61})
+    assert gap_beside([5, 7], decoded, read) == pytest.approx(0.01)
+    assert gap_beside([5, 7], decoded, choice([6], {6: -0.1})) == pytest.approx(0.2)
+    assert gap_beside([5, 8], decoded, read) == float("inf")
+    assert gap_beside([5], decoded) == float("inf")
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+
+
+@pytest.mark.parametrize("answered, asked", [
+    (choice([5]), request(2)),
+    ({"token_ids": [5, 6], "finish_reason": "abort"}, request(2)),
+    (choice([5, 6], {5: -0.1}), request(2, logprobs=1)),
+])  # fmt: skip
+def test_half_an_answer_is_a_failure(answered, asked):
+    with pytest.raises(Failure):
+        asyncio.run(ask(Canned(answered), asked))
+
+
+def test_what_is_too_long_has_to_be_refused():
+    too_long = request(2)
+    too_long.is_refused = True
+    with pytest.raises(Failure, match="200 for 2 tokens"):
+        asyncio.run(ask(Canned(choice([5, 6])), too_long))
+    assert asyncio.run(ask(Canned({}, status=400), too_long)) == []
+
+
+@pytest.mark.parametrize("form, right, wrong", [
+    ("regex", "code 12345", "code 1234"),
+    ("choice", "kept", "keep"),
+    ("json", '{"kept": true, "rule": "share"}', '{"kept": true}'),
+])  # fmt: skip
+def test_forms(form, right, wrong):
+    assert has_form(form, right) and not has_form(form, wrong)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("drafts", ["0", "4", "7"])
 def test_two_minutes_of_traffic_on_a_gpu(tmp_path, drafts):
-    limits = ("--minutes", "2", "--max-model-len", "20000", "--drafts", drafts)
-    table = soak(tmp_path / "table.json", *limits)
-    assert table["preemptions"] > 0 and table["prefix hits, tokens"] > 0
+    file = tmp_path / "table.json"
+    command = [sys.executable, SCRIPTS / "soak.py", "--model", MODEL, "--json", file]
+    command += ["--minutes", "2", "--max-model-len", "20000", "--drafts", drafts]
+    process = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    print(process.stdout[-6000:])
+    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
+    (column,) = json.loads(file.read_text())["columns"]
+    for name in ("preemptions", "prefix hits, tokens", "sleeps and wakes", "structured", "seeded"):
+        assert column[name] > 0, name
