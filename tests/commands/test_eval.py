@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from vllm_ffa_fp8fp8 import environment
-from vllm_ffa_fp8fp8.commands import cli, eval, eval_report, eval_tasks
+from vllm_ffa_fp8fp8.commands import cli, eval, eval_engine, eval_report, eval_tasks
 from vllm_ffa_fp8fp8.commands.demo_model import find_model, token_counter
 from vllm_ffa_fp8fp8.settings import parse_setting
 
 MODEL = find_model()
 PAGE = Path(__file__).parents[2] / "docs" / "lm-eval.md"
-GENERATING = {"ffa_retrieval": 10, "ffa_distractors": 10, "ffa_list": 1}
+GENERATING = {"ffa_retrieval": 10, "ffa_distractors": 10, "ffa_majority": 4, "ffa_list": 1}
 """Documents of a text."""
 
 
@@ -56,6 +56,17 @@ def test_a_right_answer_scores_1_and_a_wrong_one_0(load_task, name):
     assert task.process_results(document, [right]) == {"2000": 1.0}
     assert task.process_results(document, [re.sub(r"\w", "7", right)]) == {"2000": 0.0}
     assert right.strip() in document["prompt"]  # it can be found
+
+
+def test_most_notes_of_a_word_have_the_right_code_and_the_others_begin_alike(load_task):
+    for document in load_task("ffa_majority", texts=1).eval_docs:
+        file, _, question = document["prompt"].rpartition("\n# recall: the code of ")
+        word = question.split()[0]
+        codes = re.findall(rf"# note: the code of {word} is (\d+)\.", file)
+        right = document["answer"]
+        assert codes.count(right) == eval_tasks.AGREEING > eval_tasks.OTHERS > 0
+        (other,) = set(codes) - {right}
+        assert codes.count(other) == eval_tasks.OTHERS and other[:3] == right[:3]
 
 
 def test_a_list_scores_the_items_at_their_places(load_task):
@@ -183,8 +194,31 @@ def test_an_fp8_cache_is_run_where_a_gpu_has_it(fake_engines, monkeypatch):
     assert cli.main(["eval", "--setting", "delta=3", "--engine-args", "dtype=float16"]) == 0
     assert list(jobs) == ["default", "fp8 cache", "delta=3"]
     assert jobs["fp8 cache"]["llm"]["kv_cache_dtype"] == "fp8"
-    assert len(jobs["default"]["parts"]) == 25 and jobs["default"]["limit"] is None
+    assert len(jobs["default"]["parts"]) == 30 and jobs["default"]["limit"] is None
     assert {job["llm"]["dtype"] for job in jobs.values()} == {"float16"}
+
+
+def test_more_texts_are_all_asked_about(fake_engines):
+    _, jobs = fake_engines
+    for arguments, found in (([], (None, 10)), (["--texts", "50"], (50, None))):
+        assert cli.main(["eval", *arguments]) == 0
+        assert (jobs["default"]["texts"], jobs["default"]["limit"]) == found
+
+
+def test_questions_of_a_text_are_asked_together(monkeypatch):
+    """lm-eval sorts what it is given at once."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    asked = []
+
+    def answer_in_order(self, requests, disable_tqdm):
+        asked.append(len(requests))
+        return [str(request) for request in requests]
+
+    monkeypatch.setattr(VLLM, "generate_until", answer_in_order)
+    model = object.__new__(eval_engine.model_class())
+    assert model.generate_until(list(range(120))) == list(map(str, range(120)))
+    assert asked == [50, 50, 20]
 
 
 def test_a_preset_that_skipped_nothing_fails(fake_engines, capsys):
@@ -212,6 +246,7 @@ def test_a_setting_that_does_not_run_fails_and_others_are_shown(fake_engines, ca
         (["--lengths", "500"], "--lengths 500 is too short for balanced to skip anything"),
         (["--limit", "-1"], "--limit is 1 or more, not -1"),
         (["--limit", "0"], "--limit is 1 or more, not 0"),
+        (["--texts", "0"], "--texts is 1 or more, not 0"),
         (["--model", "no/such-model"], "no/such-model is neither a model's folder nor the name"),
         (["--engine-args", "dtype"], "--engine-args are KEY=VALUE"),
         (["--json", "/"], "--json"),

@@ -69,14 +69,19 @@ def make_questions(
     # One note in each of equal stretches of the file, anywhere in it, and none in its last tenth.
     depths = [0.9 * (place + rng.random()) / notes for place in range(notes)]
     places = list(zip(depths, inserts, strict=True)) + [(0.9 * rng.random(), o) for o in others]
-    for depth, note in sorted(places, reverse=True):
-        lines.insert(round(depth * len(lines)), note)
-    file = "".join(lines)
+    file = hide(places, lines)
     picks = [(2 * place + 1) * notes // (2 * asked) for place in range(asked)]
     return [
         Question(file + QUESTION.format(word=words[pick]), words[pick], codes[pick], depths[pick])
         for pick in picks
     ]
+
+
+def hide(places: list[tuple[float, str]], lines: list[str]) -> str:
+    """The lines with notes among them; a place is a depth, 0 to 1, and its note."""
+    for depth, note in sorted(places, reverse=True):
+        lines.insert(round(depth * len(lines)), note)
+    return "".join(lines)
 
 
 def draw_code(rng: random.Random) -> str:

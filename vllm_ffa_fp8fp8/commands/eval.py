@@ -25,8 +25,8 @@ from vllm_ffa_fp8fp8.commands.eval_tasks import ANSWER_ROOM, NOTES, fitting_leng
 from vllm_ffa_fp8fp8.config import preset_names
 from vllm_ffa_fp8fp8.settings import Setting, add_setting_arguments, parse_setting, settings_of
 
-TASKS = ("ffa_retrieval", "ffa_distractors", "ffa_list", "ffa_loss_source", "ffa_loss_prose")
-CPU_TASKS = ("ffa_retrieval", "ffa_distractors", "ffa_loss_source")
+CPU_TASKS = ("ffa_retrieval", "ffa_distractors", "ffa_majority", "ffa_loss_source")
+TASKS = (*CPU_TASKS, "ffa_list", "ffa_loss_prose")
 LENGTHS, CPU_LENGTHS = (2_000, 4_000, 8_000, 16_000, 31_000), (2_000,)
 CPU_LIMIT = 10
 STEP_TOKENS = 2_048

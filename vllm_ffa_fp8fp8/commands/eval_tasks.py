@@ -14,7 +14,10 @@ from typing import Any
 
 from vllm_ffa_fp8fp8.commands.demo_model import max_positions, model_folder, token_counter
 from vllm_ffa_fp8fp8.commands.demo_prompts import (
+    NOTE,
+    QUESTION,
     draw_words,
+    hide,
     is_code,
     lines_that_fit,
     make_questions,
@@ -23,6 +26,10 @@ from vllm_ffa_fp8fp8.commands.demo_prompts import (
 
 NOTES = 10
 LOOKALIKES = 3
+DISPUTED = 4
+"""Words of a text whose codes most of their notes agree about."""
+AGREEING, OTHERS = 8, 4
+"""Notes of such a word."""
 ITEMS = 24
 ITEM = '    "{}",\n'
 ANSWER_ROOM = 192
@@ -44,6 +51,10 @@ def retrieval(**arguments: Any) -> dict[str, Any]:
 
 def distractors(**arguments: Any) -> dict[str, Any]:
     return dataset(functools.partial(ask_codes, lookalikes=LOOKALIKES), **arguments)
+
+
+def majority(**arguments: Any) -> dict[str, Any]:
+    return dataset(ask_majority, **arguments)
 
 
 def repetition(**arguments: Any) -> dict[str, Any]:
@@ -124,6 +135,25 @@ def ask_codes(
     )
     random.Random(seed).shuffle(questions)
     return ({"prompt": question.prompt, "answer": question.code} for question in questions)
+
+
+def ask_majority(tokens: int, count: CountTokens, begin: float, seed: int) -> Iterable[Document]:
+    """A question for each of a few words, which stand in many notes: most have one code, the others
+    one with another end. So no block has a large share of what decides about the end."""
+    rng = random.Random(seed)
+    words, codes, notes = draw_words(DISPUTED, rng), [], []
+    for word in words:
+        digits = "".join(rng.sample("0123456789", 7))
+        codes.append(digits[:5])
+        notes += [NOTE.format(word=word, code=digits[:5])] * AGREEING
+        notes += [NOTE.format(word=word, code=digits[:3] + digits[5:])] * OTHERS
+    rng.shuffle(notes)
+    room = tokens - sum(map(count, notes)) - count(QUESTION.format(word=words[0]))
+    lines = lines_that_fit(room, count, int(begin * len(source_lines())))
+    depths = [(place + rng.random()) / len(notes) for place in range(len(notes))]
+    file = hide(list(zip(depths, notes, strict=True)), lines)
+    for word, code in zip(words, codes, strict=True):
+        yield {"prompt": file + QUESTION.format(word=word), "answer": code}
 
 
 def ask_list(tokens: int, count: CountTokens, begin: float, seed: int) -> Iterable[Document]:
