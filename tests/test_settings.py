@@ -87,7 +87,7 @@ def test_without_any_setting_the_options_in_force_are_taken(monkeypatch):
         (["--setting", "delta=5,fast"], "'fast'"),
         (["--setting", "delta=5,delta=6"], "'delta' twice"),
         (["--setting", "delta=,block_size=16"], "'delta='"),
-        (["--setting", "delta=5,"], "such as balanced or delta=5,block_size=16"),
+        (["--setting", "delta=5,"], "such as balanced or tau=0.02,block_size=64"),
         (["--setting", "block_size=17"], "16, 32, 64, 128"),
         (["--preset", "fasst"], "did you mean 'fast'"),
         (["--preset", "none.yaml"], "cannot read"),

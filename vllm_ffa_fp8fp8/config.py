@@ -183,7 +183,7 @@ class FFAConfig:
         if not isinstance(overrides, Mapping | None):
             raise ValueError(
                 f"{source} is {overrides!r} ({type(overrides).__name__}); "
-                "it must be a mapping of options, such as {'delta': 10.0}"
+                "it must be a mapping of options, such as {'tau': 0.012}"
             )
         overrides = dict(overrides or {})
         chosen = overrides.pop("preset", None)
@@ -233,7 +233,7 @@ def read_preset(preset: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(
             f"FFA_FP8FP8 options file {preset!r} holds {options!r}; "
-            "it must be a mapping of options, such as 'delta: 10.0'"
+            "it must be a mapping of options, such as 'tau: 0.012'"
         )
     source = f"preset {preset!r}"
     return _with_rule(_checked(options, source), source)

@@ -32,7 +32,7 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     common: dict[str, Any] = {"dest": "settings", "action": "extend", "nargs": "+"}
     parser.add_argument(
         "--setting", metavar="NAME_OR_PAIRS", type=_argument, **common,
-        help="a preset, options of FFA_FP8FP8, or both: balanced | delta=5,block_size=16 | "
+        help="a preset, options of FFA_FP8FP8, or both: balanced | tau=0.02,block_size=64 | "
         "fast,v_cache_dtype=fp8; options that are not named are those in force "
         "(default: the options in force)",
     )  # fmt: skip
@@ -70,7 +70,7 @@ def parse_setting(text: str) -> Setting:
             problem = f"{key!r} twice" if key in options else f"{part!r}"
             raise ValueError(
                 f"A setting is a preset, key=value pairs with commas between them, or both, such "
-                f"as balanced or delta=5,block_size=16; {text!r} has {problem}"
+                f"as balanced or tau=0.02,block_size=64; {text!r} has {problem}"
             )
         options[key] = parse_value(value)
     return Setting(text.strip(), FFAConfig.load(overrides=options).to_dict())

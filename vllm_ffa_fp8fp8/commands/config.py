@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "setting", nargs="?", metavar="SETTING",
         help="check and show this one: a preset or the path of a YAML file, options, or both: "
-        "balanced | delta=5,block_size=16 | fast,v_cache_dtype=fp8 (default: the options in force)",
+        "balanced | tau=0.02,block_size=64 | fast,v_cache_dtype=fp8 "
+        "(default: the options in force)",
     )  # fmt: skip
     parser.add_argument(
         "--doc", action="store_true",
