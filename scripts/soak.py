@@ -28,6 +28,7 @@ MAX_GROWTH, SPARE_MIB = 1.05, 32
 MOST_WAITING, COMPARED_AT_ONCE = 24, 8
 REQUESTS_A_ROUND = 40
 """After which the server comes to rest."""
+IDLE_SECONDS = 30
 MAX_BATCHED_TOKENS = 512
 
 
@@ -135,6 +136,7 @@ class Run:
         """While nothing runs."""
         if self.has_crashed():
             return
+        await self.wait_until_idle()
         one, other = [await self.send(request) for request in self.traffic.seeded()]
         self.alike += bool(one and other and one[0].tokens == other[0].tokens)
         status, body = await self.server.post("/reset_prefix_cache")
@@ -142,6 +144,15 @@ class Run:
         if self.gpu:
             for level in (1, 2):
                 await self.sleep_and_wake(level, "abort")
+
+    async def wait_until_idle(self) -> None:
+        """What clients left behind is to end soon."""
+        running = ("num_requests_running", "num_requests_waiting")
+        for _ in range(IDLE_SECONDS):
+            if not (count := await self.server.sum_of(*running)):
+                return
+            await asyncio.sleep(1)
+        self.problems.append(f"{count} requests run, and no client is there")
 
     async def sleep_and_wake(self, level: int, mode: str) -> None:
         posts = [f"/sleep?level={level}&mode={mode}"]
@@ -180,12 +191,9 @@ async def send_traffic(options: argparse.Namespace, drafts: int) -> tuple[Run, d
         if run.has_crashed():
             raise Failure("\n".join([*run.problems, server.end_of_log()]))
         counts = {
-            "of these aborted midway": await server.count(
-                "request_success", finished_reason="abort"
-            ),
-            "preemptions": await server.count("num_preemptions"),
-            "prefix hits, tokens": await server.count("prefix_cache_hits"),
-            "drafts accepted": await server.count("spec_decode_num_accepted_tokens"),
+            "preemptions": await server.sum_of("num_preemptions_total"),
+            "prefix hits, tokens": await server.sum_of("prefix_cache_hits_total"),
+            "drafts accepted": await server.sum_of("spec_decode_num_accepted_tokens_total"),
         }
     first, last = run.memory[1], run.memory[-1]
     if last > MAX_GROWTH * first + SPARE_MIB:
@@ -204,6 +212,7 @@ def rows(run: Run, drafts: int) -> dict[str, Any]:
         "output tokens": run.tokens,
         "streamed": sum(r.streams for r in sent),
         "connections dropped": sum(r.drop_after is not None for r in sent),
+        "of these midway": sum(r.left_midway for r in sent),
         "with logprobs": sum("logprobs" in r.options for r in sent),
         "several answers": sum("n" in r.options for r in sent),
         "random": sum(r.options["temperature"] > 0 for r in sent),
@@ -268,7 +277,7 @@ def main() -> int:
     parser.add_argument("--drafts", type=int, nargs="+", default=[0], help="a server for each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--page-size", type=int, help="64 on a GPU, else 16: more preemptions")
     parser.add_argument(
         "--backend", default="FFA_FP8FP8", help="that takes the traffic: whose fault is it?"
     )
@@ -279,6 +288,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="writes the table to this file")
     options = parser.parse_args()
     options.gpu = Path("/dev/nvidiactl").exists()
+    options.page_size = options.page_size or (64 if options.gpu else 16)
     options.eager |= not options.gpu  # compiling takes longer than it saves there
     try:
         columns, problems = asyncio.run(soak(options))

@@ -44,6 +44,7 @@ async def ask(server: Server, request: Request) -> list[Answer]:
         for choice in body.get("choices", []):
             answers[choice["index"]].add(choice)
     if request.drop_after or request.is_refused:
+        request.left_midway = bool(request.drop_after and not answers[0].finish_reason)
         return []
     for answer in answers:
         check(request, answer)

@@ -58,18 +58,13 @@ class Server:
                 if chunks == 0:
                     return
 
-    async def count(self, name: str, **labels: str) -> int:
-        """The sum of a counter of /metrics, of the series with such labels."""
+    async def sum_of(self, *names: str) -> int:
+        """The sum of all series of /metrics with such names, less `vllm:`."""
         async with self.http.get("/metrics") as response:
             text = await response.text()
         samples = (s for f in text_string_to_metric_families(text) for s in f.samples)
-        return int(
-            sum(
-                sample.value
-                for sample in samples
-                if sample.name == f"vllm:{name}_total" and labels.items() <= sample.labels.items()
-            )
-        )
+        wanted = {f"vllm:{name}" for name in names}
+        return int(sum(sample.value for sample in samples if sample.name in wanted))
 
     def memory_mib(self) -> int:
         """Of the processes of the engine, and of their GPUs."""

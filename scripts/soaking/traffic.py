@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @dataclass
 class Request:
     """`drop_after`: chunks of the stream after which the client is gone; None: it stays. `form`:
-    which of FORMS the answer has."""
+    which of FORMS the answer has. `left_midway`: whether the client was gone before the end."""
 
     prompt: list[int]
     options: dict[str, Any]
@@ -33,6 +33,7 @@ class Request:
     drop_after: int | None = None
     form: str | None = None
     is_refused: bool = False
+    left_midway: bool = False
 
     @property
     def body(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class Traffic:
 
     def burst(self) -> int:
         """How many requests come at once."""
-        return self.pick.choice([1] * 12 + [2, 3, BURST])
+        return self.pick.choice([1] * 8 + [2, 3, BURST])
 
     def pause(self) -> float:
         """Seconds until the next come."""
@@ -95,15 +96,15 @@ class Traffic:
             request.form = pick.choice(list(FORMS))
             request.prompt = prompt[: self.max_model_len - 48]
             options |= {"ignore_eos": False, "max_tokens": 48}
-        elif kind < 0.6 and self.has_random:
+        elif kind < 0.52:
+            request.prompt = self.tokens[: self.max_model_len + 1]
+            request.is_refused, request.streams = True, False
+        elif kind < 0.62 and self.has_random:
             options |= {"temperature": 1.0, "n": 2}
-        elif kind < 0.7 and self.has_random:
+        elif kind < 0.72 and self.has_random:
             options |= {"temperature": 0.8, "top_p": 0.9, "logprobs": TOP}
             if self.has_seeds:
                 options["seed"] = pick.randrange(1 << 20)
-        elif kind < 0.72:
-            request.prompt = self.tokens[: self.max_model_len + 1]
-            request.is_refused, request.streams = True, False
         if request.streams and pick.random() < 0.4:
             request.drop_after = pick.randrange(1, max_tokens + 1)
         return request
