@@ -81,6 +81,7 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
         head_size=HEAD_SIZE,
         scale=0.125,
         sinks=None,
+        logits_soft_cap=None,
         layer_index=0,
         config=options,
         vllm_config=config,

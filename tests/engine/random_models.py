@@ -31,6 +31,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 64,
         "sliding_window": 256,
     },
+    "Gemma2": {
+        **SMALLER,
+        "num_hidden_layers": 4,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 256,
+        "attn_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
     "GptOss": {
         **SMALLER,
         **EXPERTS,
@@ -59,9 +67,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 256,
     },
 }
-NORMS_ABOVE_ONE = ("Gemma3Text", "Qwen3Next")  # their weights are what exceeds 1
+NORMS_ABOVE_ONE = ("Gemma3Text", "Gemma2", "Qwen3Next")  # their weights are what exceeds 1
 SHARPENED = {
     "Gemma3Text": "q_norm",
+    "Gemma2": "q_proj",
     "Qwen3Next": "q_norm",
     "Llama4Text": "q_proj",
     "GptOss": "q_proj",

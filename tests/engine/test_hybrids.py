@@ -22,6 +22,7 @@ LENGTHS = (1, 129, 1100)
 LENGTHS_GPU = (1, 2, 15, 17, 63, 65, 129, 257, 500, 1000, 1500, 2049, 4000)
 OTHER_KINDS = {
     "Gemma3Text": "sliding_window (5 layers)",
+    "Gemma2": "sliding_window (2 layers)",
     "GptOss": "sliding_window (2 layers)",
     "Qwen3Next": "mamba (3 layers)",
     "Llama4Text": "chunked_local_attention (3 layers)",

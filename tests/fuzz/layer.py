@@ -112,6 +112,7 @@ def make_layer(shape: Shape) -> tuple[FFAFP8FP8Impl, FFAFP8FP8MetadataBuilder]:
         ops=InterpretedOps(impl, vllm_config, shape),
         is_dense=False,
         sinks=None,
+        logits_soft_cap=None,
         layer_index=0,
         counters=new_counters(shape.num_kv_heads, CPU),
         fused_qkv=None,

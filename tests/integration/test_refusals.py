@@ -87,7 +87,6 @@ REFUSED_LAYERS = [
 
 REFUSED_IMPL_ARGUMENTS = [
     ({"alibi_slopes": [0.5]}, "ALiBi", "FLASH_ATTN"),
-    ({"logits_soft_cap": 30.0}, "logits_soft_cap 30.0", "FLASH_ATTN"),
     ({"sliding_window": 4096}, r"sliding window attention \(4096 tokens\)", OTHER_KIND),
     ({"attn_type": AttentionType.ENCODER_DECODER}, "cross attention", "FLASH_ATTN"),
     ({"kv_sharing_target_layer_name": "model.layers.3"}, "model.layers.3", "FLASH_ATTN"),
@@ -174,7 +173,6 @@ def test_supported_impl_arguments(num_heads, num_kv_heads):
     refusals.check_impl_arguments(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        logits_soft_cap=0.0,
         attn_type=AttentionType.DECODER,
         sinks=torch.zeros(num_heads),
         use_alibi_sqrt=False,

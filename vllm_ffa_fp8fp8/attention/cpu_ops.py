@@ -1,5 +1,7 @@
 """The layer's work on the CPU: the kernels' PyTorch oracles, and SDPA's kernel for prefill."""
 
+from itertools import product
+
 import torch
 
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
@@ -56,6 +58,7 @@ class CpuOps:
             block_size=metadata.block_size,
             scale=self.impl.scale,
             sinks=self.impl.sinks,
+            logits_soft_cap=self.impl.logits_soft_cap,
             layer=self.impl.layer_index,
             **{RULES[self.impl.config.rule]: limit},
             query_start_loc=metadata.query_start_loc,
@@ -86,7 +89,7 @@ class CpuOps:
                 )
             output[tokens] = prefill_attention(
                 query[tokens], key[tokens], value[tokens], context, self.impl.scale,
-                self.impl.sinks,
+                self.impl.sinks, self.impl.logits_soft_cap,
             )  # fmt: skip
 
 
@@ -98,16 +101,19 @@ def prefill_attention(
     | None,  # each [context_len, num_kv_heads, head_size]
     scale: float,
     sinks: torch.Tensor | None = None,  # [num_heads]
+    logits_soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of a request's newest tokens to each other, and to all of their `context`:
     earlier keys and values, each `[context_len, num_kv_heads, head_size]`. `sinks` are scores of
-    each head that have no value.
+    each head that have no value; those of keys are under the cap, if there is one.
 
     Two passes without a mask, which costs SDPA more than all else, merged by log-sum-exp.
     """
-    output, log_sum = _attend(query, key, value, scale, is_causal=True)
+    output, log_sum = _attend(query, key, value, scale, logits_soft_cap, is_causal=True)
     if context is not None:
-        context_output, context_log_sum = _attend(query, *context, scale, is_causal=False)
+        context_output, context_log_sum = _attend(
+            query, *context, scale, logits_soft_cap, is_causal=False
+        )
         weight = torch.sigmoid(context_log_sum - log_sum)[..., None]
         output = torch.lerp(output, context_output, weight)
         log_sum = torch.logaddexp(log_sum, context_log_sum)
@@ -122,14 +128,41 @@ def _of_heads(sinks: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[num_kv_heads, group, query_len, head_size]` and its log-sum-exp."""
     num_kv_heads = key.shape[1]
     rows = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    if soft_cap:
+        return _attend_capped(rows, key, value, scale, soft_cap, is_causal)
     key, value = (
         tensor.transpose(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for tensor in (key, value)
     )
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, key, value, is_causal=is_causal, scale=scale
     )
+
+
+def _attend_capped(
+    rows: torch.Tensor,  # [num_kv_heads, group, query_len, head_size]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_attend` under a soft cap, which SDPA does not know."""
+    output, log_sum = torch.empty_like(rows), torch.empty_like(rows[..., 0])
+    for kv_head, head in product(range(rows.shape[0]), range(rows.shape[1])):
+        scores = rows[kv_head, head] @ key[:, kv_head].mT * (scale / soft_cap)
+        scores = soft_cap * scores.tanh_()
+        if is_causal:
+            scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(1), -torch.inf)
+        log_sum[kv_head, head] = scores.logsumexp(-1)
+        output[kv_head, head] = scores.softmax(-1) @ value[:, kv_head]
+    return output, log_sum

@@ -45,7 +45,7 @@ class CudaOps:
         self.projection_tuning: ProjectionTuning | None = None
         self.batch_invariant = envs.batch_invariant()
         self.flash_attention = load_flash_attention(
-            impl.head_size, self.batch_invariant, impl.sinks
+            impl.head_size, self.batch_invariant, impl.sinks, impl.logits_soft_cap
         )
 
     def decode_limits(self, block_size: int) -> DecodeLimits:
@@ -142,6 +142,7 @@ class CudaOps:
             output,
             scale=self.impl.scale,
             sinks=self.impl.sinks,
+            logits_soft_cap=self.impl.logits_soft_cap,
             layer=self.impl.layer_index,
             **{RULES[self.impl.config.rule]: limit},
             query_start_loc=metadata.query_start_loc,

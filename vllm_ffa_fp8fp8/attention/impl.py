@@ -38,7 +38,6 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             num_kv_heads=num_kv_heads,
             alibi_slopes=alibi_slopes,
             sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
             attn_type=attn_type,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             **extra_impl_args,
@@ -47,6 +46,7 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.logits_soft_cap = logits_soft_cap or None  # vLLM says 0 for none, too
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = None

@@ -78,7 +78,8 @@ def _kind(impl, planes: KVPlanes) -> tuple:
     limits = impl.ops.decode_limits(pruning_block_size(planes.page_size, impl.config))
     fused = impl.fused_qkv
     strides = tuple(plane.stride() for plane in planes if isinstance(plane, torch.Tensor))
-    return limits, impl.config, impl.layout, fused and fused.kind, planes.page_size, strides
+    scores = (impl.sinks is not None, impl.logits_soft_cap is not None)
+    return limits, impl.config, impl.layout, fused and fused.kind, planes.page_size, strides, scores
 
 
 def launch_all(impl, planes: KVPlanes) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from types import CodeType
 from typing import Any
 
@@ -27,19 +28,27 @@ def unsupported_vllm(version_tuple: tuple | None = None) -> str | None:
     )
 
 
-def load_flash_attention(head_size: int, batch_invariant: bool = False, sinks: Any = None):
+def load_flash_attention(
+    head_size: int,
+    batch_invariant: bool = False,
+    sinks: Any = None,
+    logits_soft_cap: float | None = None,
+):
     """FlashAttention for prefill on CUDA: the build that vLLM brings, else `flash-attn`.
 
     Returns `attend(query, key, value, cu_query_lens, cu_seq_lens, max_query_len, max_seq_len,
     scale, output)`, causal with the last query at the last key, on packed `[tokens, heads,
     head_size]` tensors. `batch_invariant`: a request's keys are never split among programs, which
     only vLLM's build can promise. `sinks`, `[num_heads]`: scores without a value, which only its
-    versions 3 and 4 take. Raises ImportError when there is none that can.
+    versions 3 and 4 take. `logits_soft_cap`: of scores, natural units. Raises ImportError when
+    there is none that can.
     """
     from vllm.v1.attention.backends import fa_utils
 
     has_sinks = sinks is not None
-    version = fa_utils.get_flash_attn_version(head_size=head_size, has_sinks=has_sinks)
+    version = fa_utils.get_flash_attn_version(
+        head_size=head_size, has_sinks=has_sinks, requires_softcap=bool(logits_soft_cap)
+    )
     if has_sinks and version not in (3, 4):
         raise ImportError(
             "FFA_FP8FP8 needs FlashAttention 3 or 4 for attention with sinks, and this vLLM brings "
@@ -52,7 +61,7 @@ def load_flash_attention(head_size: int, batch_invariant: bool = False, sinks: A
                 query, key, value, max_query, cu_query, max_seq, cu_seq,
                 softmax_scale=scale, causal=True, out=output, fa_version=version,
                 num_splits=int(batch_invariant),  # 0: as many as FlashAttention finds good
-                s_aux=sinks,
+                s_aux=sinks, softcap=logits_soft_cap or 0.0,
             )  # fmt: skip
 
         return attend
@@ -69,6 +78,13 @@ def load_flash_attention(head_size: int, batch_invariant: bool = False, sinks: A
             "head size; pip install flash-attn"
         ) from error
 
+    capped = {"softcap": logits_soft_cap} if logits_soft_cap else {}
+    if capped and "softcap" not in signature(flash_attn_varlen_func).parameters:
+        raise ImportError(
+            "FFA_FP8FP8 needs flash-attn 2.6 or newer for a soft cap of logits; "
+            "pip install -U flash-attn"
+        )
+
     def attend(query, key, value, cu_query, cu_seq, max_query, max_seq, scale, output):
         output.copy_(
             flash_attn_varlen_func(
@@ -81,6 +97,7 @@ def load_flash_attention(head_size: int, batch_invariant: bool = False, sinks: A
                 max_seq,
                 softmax_scale=scale,
                 causal=True,
+                **capped,
             )  # fmt: skip
         )
 

@@ -19,7 +19,6 @@ KINDS = {
 """Kinds of layers as vLLM names their caches, by what configurations call them; others by the
 name that they have there."""
 WITH_SINKS = ("gpt_oss",)
-WITH_SOFT_CAP = ("gemma2", "gemma4")
 WITH_ALIBI = ("bloom",)
 """Types of models, or what these begin with, whose layers have that where the model's
 configuration says so, or always."""
@@ -124,9 +123,6 @@ def _reasons(
     first_shared = model_config.get_total_num_hidden_layers() - shared
     arguments = {
         **_heads(model_config, parallel_config),
-        "logits_soft_cap": getattr(text, "attn_logit_softcapping", None)
-        if model_type.startswith(WITH_SOFT_CAP)
-        else None,
         "alibi_slopes": [] if model_type in WITH_ALIBI or getattr(text, "alibi", False) else None,
         "kv_sharing_target_layer_name": f"the last {shared} layers have none"
         if shared and layers[-1] >= first_shared

@@ -187,7 +187,6 @@ def check_impl_arguments(
     num_kv_heads: int | None = None,
     alibi_slopes: list[float] | None = None,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     attn_type: str = "decoder",
     kv_sharing_target_layer_name: str | None = None,
     **extra_impl_args: Any,
@@ -206,8 +205,6 @@ def check_impl_arguments(
         refuse("ALiBi (alibi_slopes)", OTHER_BACKEND)
     if sliding_window is not None:
         refuse(f"sliding window attention ({sliding_window} tokens)", OTHER_KIND)
-    if logits_soft_cap:
-        refuse(f"logits_soft_cap {logits_soft_cap}", OTHER_BACKEND)
     if attn_type != "decoder":
         refuse(_attention_type(attn_type), OTHER_BACKEND)
     if kv_sharing_target_layer_name is not None:

@@ -135,16 +135,16 @@ class RecordingExtension:
 def _problem(attention: Attention) -> str | None:
     """Why a layer's attention is not what FFA_FP8FP8 runs, or None."""
     impl = attention.impl
+    if getattr(impl, "logits_soft_cap", None) or getattr(impl, "sinks", None) is not None:
+        return "a soft cap of logits and sinks are not recorded"
     try:
         check_impl_arguments(
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
             alibi_slopes=getattr(impl, "alibi_slopes", None),
             sliding_window=attention.sliding_window,
-            logits_soft_cap=getattr(impl, "logits_soft_cap", None),
             attn_type=attention.attn_type,
             kv_sharing_target_layer_name=attention.kv_sharing_target_layer_name,
-            sinks=getattr(impl, "sinks", None),
         )
     except ValueError as error:
         return str(error)
