@@ -198,6 +198,19 @@ def test_an_fp8_cache_is_run_where_a_gpu_has_it(fake_engines, monkeypatch):
     assert {job["llm"]["dtype"] for job in jobs.values()} == {"float16"}
 
 
+def test_figures_are_kept_after_each_engine(fake_engines, tmp_path, monkeypatch):
+    file, seen = tmp_path / "eval.json", []
+    watch = eval.watch
+
+    def watch_file(*arguments):
+        seen.append(len(json.loads(file.read_text())["settings"]) if file.exists() else 0)
+        return watch(*arguments)
+
+    monkeypatch.setattr(eval, "watch", watch_file)
+    assert cli.main(["eval", "--json", str(file)]) == 0
+    assert seen == [0, 1, 2, 3]
+
+
 def test_more_texts_are_all_asked_about(fake_engines):
     _, jobs = fake_engines
     for arguments, found in (([], (None, 10)), (["--texts", "50"], (50, None))):
@@ -228,11 +241,13 @@ def test_a_preset_that_skipped_nothing_fails(fake_engines, capsys):
     assert "fast skipped nothing" in capsys.readouterr().out
 
 
-def test_a_setting_that_does_not_run_fails_and_others_are_shown(fake_engines, capsys):
+def test_a_setting_that_does_not_run_fails_and_others_are_shown(fake_engines, tmp_path, capsys):
     answers, jobs = fake_engines
     answers["balanced"] = None
-    assert cli.main(["eval"]) == 1
+    assert cli.main(["eval", "--json", str(tmp_path / "eval.json")]) == 1
     assert "fast" in capsys.readouterr().out and "fast" in jobs
+    kept = json.loads((tmp_path / "eval.json").read_text())["settings"]
+    assert [entry["name"] for entry in kept] == ["default", "exact", "fast"]
     answers["default"] = None
     jobs.clear()
     assert cli.main(["eval"]) == 1 and list(jobs) == ["default"]

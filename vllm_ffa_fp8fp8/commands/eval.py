@@ -142,17 +142,23 @@ def compare(options: argparse.Namespace, settings: list[Setting], job: dict[str,
         answer = watch(screen, name, job | {"llm": job["llm"] | arguments}, evaluate)
         if answer is not None:
             results[name] = answer
+            keep(options, gpu, entries(settings, results))
         elif name == DEFAULT:
             return 1
-    found = entries(settings, results)
-    show(screen, Path(job["llm"]["pretrained"]).name, found)
-    if options.json:
-        with replacing(options.json) as part:
-            part.write_text(json.dumps(head(options, gpu) | {"settings": found}, indent=1) + "\n")
+    show(screen, Path(job["llm"]["pretrained"]).name, entries(settings, results))
     problems = list(unpruned(settings, results))
     for problem in problems:
         screen.print(problem)
     return int(bool(problems) or len(results) < len(engines))
+
+
+def keep(
+    options: argparse.Namespace, gpu: environment.GPU | None, found: list[dict[str, Any]]
+) -> None:
+    """Writes what was found so far, since the next engine may take an hour."""
+    if options.json:
+        with replacing(options.json) as part:
+            part.write_text(json.dumps(head(options, gpu) | {"settings": found}, indent=1) + "\n")
 
 
 def head(options: argparse.Namespace, gpu: environment.GPU | None) -> dict[str, Any]:
