@@ -1,5 +1,6 @@
 """Triton kernels of FFA_FP8FP8 and their PyTorch oracles (`reference`). No vLLM in here."""
 
+from .cache.key_codes import encode_keys
 from .cache.kv_gather import gather_kv
 from .cache.kv_write import write_kv
 from .cache.page_layout import KVPlanes, PageLayout
@@ -21,6 +22,7 @@ __all__ = [
     "QKVHeads",
     "attn_forward_decode_fp8fp8",
     "decode_attention",
+    "encode_keys",
     "gather_kv",
     "project_rope_and_write",
     "rope_and_write",

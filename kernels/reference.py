@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from .cache.page_layout import RESIDUAL_SCALE, KVPlanes
+from .cache.page_layout import CODE_TOKENS, RESIDUAL_SCALE, KVPlanes
+from .code_reference import decode_codes_reference, encode_run_reference, num_coded_tokens
 from .counters import SHARE_UNITS
 from .share_reference import Choice, choose_blocks_reference
 
@@ -134,6 +135,33 @@ def gather_kv_reference(
     return key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype)
 
 
+def encode_keys_reference(
+    planes: KVPlanes, block_table_row: torch.Tensor, first_token: int, seq_len: int
+) -> None:
+    """Writes the codes of a request's complete runs of CODE_TOKENS keys, from the one that holds
+    `first_token` on."""
+    first = first_token // CODE_TOKENS
+    end = seq_len // CODE_TOKENS
+    if planes.key_code is None or first >= end:
+        return
+    runs = planes.page_size // CODE_TOKENS
+    pages = block_table_row[first // runs : -(-end // runs)]
+    skipped = first // runs * runs  # runs of the pages before
+    key, _ = gather_kv_reference(planes, pages, (end - skipped) * CODE_TOKENS, torch.float32)
+    for run in range(first, end):
+        tokens = slice((run - skipped) * CODE_TOKENS, (run - skipped + 1) * CODE_TOKENS)
+        encode_run_reference(planes, int(block_table_row[run // runs]), run % runs, key[tokens])
+
+
+def _code_scores(
+    planes: KVPlanes, pages: torch.Tensor, num_tokens: int, rows: torch.Tensor
+) -> torch.Tensor:
+    """`rows` `[num_kv_heads, num_rows, head_size]` times the codes of the first `num_tokens`."""
+    words = _tokens(planes.key_code, pages, num_tokens)
+    ranges = _tokens(planes.code_range, pages, num_tokens // CODE_TOKENS)
+    return rows @ decode_codes_reference(words, ranges, rows.dtype).mT
+
+
 def _group_rows(tokens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """The rows of each KV group, `[num_kv_heads, query_len * group, ...]`, of `[query_len,
     num_heads, ...]`."""
@@ -181,11 +209,13 @@ def decode_attention_reference(
     anchor_tokens: int = 16,
     precomputed_threshold: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    code_lag: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`decode_attention` in PyTorch, in `dtype`; every length is 0 or at least that of the query.
 
-    `dealt`: how programs share each request, arguments of `choose_blocks_reference`.
+    `dealt`: how programs share each request, arguments of `choose_blocks_reference`. `code_lag`:
+    of the limits, for keys with codes, which are to be written before and are not here.
 
     Returns the output, shaped like `query`, in `dtype` and, for each request, which blocks each KV
     head kept, bool `[num_kv_heads, num_blocks]`.
@@ -225,19 +255,25 @@ def decode_attention_reference(
                 scores = scores * _power_of_two(exponent, dtype).mT
             scores = _capped(scores, soft_cap_log2)
             scores = scores.masked_fill(unseen, -math.inf)
+            first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]
+            best = torch.maximum(first.amax(-1), last.amax(-1))
+            if planes.key_code is not None and tau is not None:
+                coded = num_coded_tokens(seq_len, query_len, code_lag)
+                of_codes = _code_scores(planes, pages, coded, rows) * scale_log2
+                of_codes = _capped(of_codes, soft_cap_log2)
+                scores = torch.cat([of_codes, scores[..., coded:]], dim=-1)
             if tau is not None:
                 shared = dealt[request] if dealt else {}
                 choice = choose_blocks_reference(
                     scores, query_len, limit, block_size=block_size, layer=layer,
-                    anchor_tokens=anchor_tokens, sinks=sink * math.log2(math.e), **shared,
+                    best=best, sinks=sink * math.log2(math.e), **shared,
                 )
                 keep[:] = (choice.weights > -math.inf).any(1)
                 counts = choice.weights.repeat_interleave(rows.shape[1] // query_len, dim=1)
                 counts = counts.repeat_interleave(block_size, dim=2)[..., :seq_len]
             else:
                 if precomputed_threshold is None:
-                    first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]
-                    threshold = torch.maximum(first.amax(-1), last.amax(-1)) - limit
+                    threshold = best - limit
                 else:
                     threshold = _group_rows(precomputed_threshold[new].to(dtype), num_kv_heads)
                 threshold = torch.maximum(threshold, sink * math.log2(math.e) - limit)

@@ -8,6 +8,7 @@ CHANCES = 1 << 20
 MOST_MASS = 2.0**100
 """Relative to the anchors' best token; a block of this mass or more, or of one that is no number,
 is read for sure."""
+ANCHOR_TOKENS = 16
 
 
 def _mixed(bits: int) -> int:
@@ -75,15 +76,18 @@ def draw_dealt_reference(
 def share_reference(
     scores: torch.Tensor,
     block_size: int,
-    anchor_tokens: int = 16,
+    best: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each block's part of the softmax's denominator, `[..., num_blocks]`, of base scores, log2
-    units, `[..., seq_len]`; and whether it has MOST_MASS, which counts as that in denominators.
-    `sinks`, log2 units, `[...]`, are in the denominator, too."""
+    """Each block's part of the softmax's denominator, `[..., num_blocks]`, of the scan's scores,
+    log2 units, `[..., seq_len]`; and whether it has MOST_MASS, which counts as that in
+    denominators. Masses are relative to `best`, log2 units, `[...]`, the best of the first and last
+    ANCHOR_TOKENS unless it is given. `sinks`, likewise, are in the denominator, too."""
     num_blocks = -(-scores.shape[-1] // block_size)
-    anchors = torch.cat([scores[..., :anchor_tokens], scores[..., -anchor_tokens:]], dim=-1)
-    reference = anchors.amax(-1, keepdim=True)
+    if best is None:
+        anchors = torch.cat([scores[..., :ANCHOR_TOKENS], scores[..., -ANCHOR_TOKENS:]], dim=-1)
+        best = anchors.amax(-1)
+    reference = best[..., None]
     padding = num_blocks * block_size - scores.shape[-1]
     masses = torch.nn.functional.pad((scores - reference).exp2(), (0, padding))
     masses = masses.unflatten(-1, (num_blocks, block_size)).sum(-1)
@@ -113,7 +117,7 @@ def choose_blocks_reference(
     *,
     block_size: int,
     layer: int = 0,
-    anchor_tokens: int = 16,
+    best: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     span: int | None = None,
     num_items: int = 1,
@@ -122,18 +126,18 @@ def choose_blocks_reference(
     """Which blocks of a request are read by their share, and what each counts.
 
     Args:
-        scores: base scores, log2 units, `[num_kv_heads, query_len * group, seq_len]`, -inf where
+        scores: of the scan, log2 units, `[num_kv_heads, query_len * group, seq_len]`, -inf where
             a row does not see a token.
         tau: the share of the softmax from which on a block is read for sure; see
             `decode_attention`.
-        sinks: log2 units, `[num_kv_heads, query_len * group]`.
+        best, sinks: of `share_reference`, `[num_kv_heads, query_len * group]`.
         span: tokens that are dealt out together, `block_size` or a multiple.
         num_items: programs that share the request, each of which has every `num_items`-th span and
             draws by itself.
         chunk_spans: spans that a program draws from at a time; None: all.
     """
     num_kv_heads, _, seq_len = scores.shape
-    parts, most = share_reference(scores, block_size, anchor_tokens, sinks)
+    parts, most = share_reference(scores, block_size, best, sinks)
     parts, most = parts.unflatten(1, (query_len, -1)), most.unflatten(1, (query_len, -1))
     num_blocks = parts.shape[-1]
     places = torch.arange(num_blocks, device=scores.device)

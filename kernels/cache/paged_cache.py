@@ -26,6 +26,8 @@ class PagedCache(NamedTuple):
     key_exponent: PagedPlane
     value: PagedPlane
     value_exponent: PagedPlane
+    key_code: PagedPlane
+    code_range: PagedPlane
 
 
 class PageShape(NamedTuple):
@@ -49,7 +51,7 @@ def paged_plane(plane: torch.Tensor | None) -> PagedPlane:
 def paged_cache(planes: KVPlanes | None) -> PagedCache:
     """The planes as kernels take them; None, for a launch that writes no cache: no plane."""
     if planes is None:
-        return PagedCache(*[paged_plane(None)] * 5)
+        return PagedCache(*[paged_plane(None)] * len(PagedCache._fields))
     return PagedCache(*(paged_plane(getattr(planes, name)) for name in PagedCache._fields))
 
 
@@ -83,6 +85,8 @@ def cache_of_head(cache, head):
         plane_of_head(cache.key_exponent, head),
         plane_of_head(cache.value, head),
         plane_of_head(cache.value_exponent, head),
+        plane_of_head(cache.key_code, head),
+        plane_of_head(cache.code_range, head),
     )
 
 

@@ -10,6 +10,7 @@ from ..cache.paged_cache import page_shape, paged_cache
 from ..cache.paged_rows import block_shape
 from ..counters import COUNTERS
 from ..runtime import compute_dtype, launch, pdl_arguments
+from .code_scan import CodeScan
 from .kernel import KernelTuning, decode_kernel
 from .limits import DecodeLimits
 from .plan import DecodePlan, DecodeScratch
@@ -176,7 +177,15 @@ def decode_attention(
         "SPAN": block_shape(limits.span, planes.page_size),
         "BLOCK": block_shape(limits.block_size, planes.page_size),
     }
-    launch(weigh_kernel, grid, scratch, plan.work, plan.mass_places, **pdl, **tunings, **common)
+    codes, weigh_tuning = None, tunings["TUNING"]
+    if planes.key_code is not None:
+        codes = CodeScan(tuning.code_runs, tuning.code_stages, limits.code_lag)
+        # the newest tokens alone
+        weigh_tuning = weigh_tuning._replace(CHUNK_BLOCKS=2, TILE_BLOCKS=1, SCAN_STAGES=2)
+    launch(
+        weigh_kernel, grid, scratch, plan.work, plan.mass_places, CODES=codes,
+        **pdl, **tunings | {"TUNING": weigh_tuning}, **common,
+    )
     launch(
         draw_kernel, grid, head_rows(output), scratch, plan.work, plan.mass_places, plan.arrivals,
         layer=layer, sinks_ptr=sinks, counters_ptr=counters, VALUE_DTYPE=value_dtype,

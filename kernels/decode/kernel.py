@@ -100,7 +100,7 @@ def decode_kernel(
             )
         # up to here nothing is read that the kernel ahead writes, and nothing written
         tl.extra.cuda.gdc_wait()
-    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
+    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE, QUERY.PARTS)
     sinks = load_sinks(sinks_ptr, kv_head, row_heads, row_exists, QUERY)
     seen_by_all = seq_len - query_len + 1
     limits = seen_by_all + row_tokens

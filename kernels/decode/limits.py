@@ -87,6 +87,13 @@ class DecodeLimits:
         return cls(**found, **sizes, **batch)
 
     @property
+    def code_lag(self) -> int:
+        """Of a request's tokens that no later step takes back, codes of keys stand for those that
+        end so many before the last one: it may have so many more than in the step before, and one
+        more, for another request can get hold of a page in the step that completes it."""
+        return self.query_len + 1
+
+    @property
     def prunes(self) -> bool:
         """Whether blocks are skipped."""
         return self.rule != "none"

@@ -75,10 +75,13 @@ def load_sinks(sinks_ptr, kv_head, row_heads, row_exists, QUERY: tl.constexpr):
 
 
 @triton.jit
-def load_query(query, token, kv_head, query_len, columns, QUERY: tl.constexpr, PAGE: tl.constexpr):
+def load_query(
+    query, token, kv_head, query_len, columns, QUERY: tl.constexpr, PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """The query rows of a KV head from `token` on, as they are, PARTS times,
     `[PARTS * ROWS_PADDED, HEAD_SIZE_PADDED]`. `query`: of `head_rows`."""
-    rows = tl.arange(0, QUERY.PARTS * QUERY.ROWS_PADDED) % QUERY.ROWS_PADDED
+    rows = tl.arange(0, PARTS * QUERY.ROWS_PADDED) % QUERY.ROWS_PADDED
     first_head = kv_head * QUERY.GROUP
     pointer = query.pointer + token * query.stride_token + first_head * query.stride_head
     places = rows // QUERY.GROUP * query.stride_token + rows % QUERY.GROUP * query.stride_head

@@ -237,7 +237,7 @@ def decode_threshold_kernel(
     pages = load_anchor_pages(seq_len, block_table_row_ptr, PAGE.PAGE_SIZE)
     key, scales = load_anchors(seq_len, pages, cache, PAGE)
     columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
-    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
+    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE, QUERY.PARTS)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
     delta = tl.load(limit_ptr + request * limit_stride)
     threshold = anchor_threshold(

@@ -6,6 +6,7 @@ import triton.language as tl
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from .attend import attend_runs, begin_softmax, largest_scores, raise_reference, run_tile
+from .code_scan import encode_new_run, load_query_words, num_coded_runs, weigh_codes
 from .early import prefetch_anchors, prefetch_tile
 from .limits import list_numbers
 from .merge import count_item, hand_over
@@ -58,19 +59,22 @@ def weigh_kernel(
     BLOCK: tl.constexpr,
     QUERY: tl.constexpr,
     TUNING: tl.constexpr,
+    CODES: tl.constexpr,  # a CodeScan; None: keys have no codes
     DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: the masses of all blocks of a work item, for a KV head and all query rows of
     its group, relative to the best score of the request's first and last tokens.
 
-    Nothing is weighed where all blocks are read anyway.
+    By codes, where there are any; by the base, those of the newest tokens. Codes of keys that are
+    complete now are written, for the steps after this one. Nothing is weighed where all blocks are
+    read anyway.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     request, index, num_items, seq_len = load_item(work_ptr, item)
     mass_place = tl.load(mass_places_ptr + item)
-    if (request | index | num_items | seq_len | mass_place) < 0:
+    if (request | index | num_items | seq_len) < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
         return
@@ -84,17 +88,27 @@ def weigh_kernel(
     request_spans = (seq_len + SPAN_SIZE - 1) // SPAN_SIZE
     num_spans = (request_spans - index + num_items - 1) // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
-    places = load_places(block_table_row_ptr, index, num_items, seq_len, SPAN, CHUNK_SPANS)
+    seen_by_all = seq_len - query_len + 1
+    num_coded = tl.zeros([], tl.int32)
+    if CODES is not None:
+        request_coded = num_coded_runs(seen_by_all, CODES.LAG)
+        num_coded = tl.maximum(request_coded - index + num_items - 1, 0) // num_items
+        code_places = load_places(
+            block_table_row_ptr, index, num_items, seq_len, SPAN, CODES.CHUNK_RUNS
+        )
+    first_span = index + num_coded * num_items
+    places = load_places(block_table_row_ptr, first_span, num_items, seq_len, SPAN, CHUNK_SPANS)
     cache = cache_of_head(cache, kv_head.to(tl.int64))
     anchor_pages = load_anchor_pages(seq_len, block_table_row_ptr, PAGE.PAGE_SIZE)
     if PDL:
         prefetch_anchors(seq_len, anchor_pages, cache, PAGE)
-        prefetch_tile(places, index, num_items, seq_len, cache, PAGE, SPAN, TUNING.TILE_BLOCKS)
+        prefetch_tile(
+            places, first_span, num_items, seq_len, cache, PAGE, SPAN, TUNING.TILE_BLOCKS
+        )
         # up to here nothing is read that the kernel ahead writes, and nothing written
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
-    seen_by_all = seq_len - query_len + 1
+    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE, QUERY.PARTS)
     limits = seen_by_all + row_tokens
     tau = tl.load(limit_ptr + request * limit_stride)
     anchors, anchor_scales = load_anchors(seq_len, anchor_pages, cache, PAGE)
@@ -103,12 +117,32 @@ def weigh_kernel(
         rows, factor, limits, seq_len, anchors, anchor_scales, QUERY, DTYPE
     )
     reference = cap_scores(tl.max(scores, axis=0), soft_cap)
-    num_spans = tl.where((seq_len < min_context) | (tau <= 0), 0, num_spans)
+    reads_all = (seq_len < min_context) | (tau <= 0) | (mass_place < 0)
+    num_spans = tl.where(reads_all, 0, num_spans)
     masses_ptr, stride = masses_of_item(
         scratch, mass_place, kv_head, (request_spans + num_items - 1) // num_items, QUERY, BLOCKS
     )
     sums = tl.zeros([ROWS_PADDED], tl.float32)
-    for chunk_begin in range(0, num_spans, CHUNK_SPANS):
+    if CODES is not None:
+        num_coded = tl.minimum(num_coded, num_spans)
+        query_words, code_factor = load_query_words(
+            query, token, kv_head, query_len, scale_log2, QUERY, PAGE
+        )
+        for chunk_begin in range(0, num_coded, CODES.CHUNK_RUNS):
+            next_places = load_places(
+                block_table_row_ptr, index + (chunk_begin + CODES.CHUNK_RUNS) * num_items,
+                num_items, seq_len, SPAN, CODES.CHUNK_RUNS,
+            )
+            sums += weigh_codes(
+                query_words, code_factor, soft_cap, reference,
+                tl.minimum(num_coded - chunk_begin, CODES.CHUNK_RUNS), code_places,
+                masses_ptr + chunk_begin * BLOCKS, stride, cache, PAGE, BLOCK, QUERY, CODES.STAGES,
+            )
+            code_places = next_places
+        encode_new_run(
+            block_table_row_ptr, seen_by_all, index, num_items, cache, PAGE, CODES.LAG
+        )
+    for chunk_begin in range(num_coded, num_spans, CHUNK_SPANS):
         first_span = index + chunk_begin * num_items
         next_places = load_places(
             block_table_row_ptr, first_span + CHUNK_SPANS * num_items, num_items, seq_len,
@@ -205,7 +239,7 @@ def draw_kernel(
     limits = seq_len - query_len + 1 + row_tokens
     tau = tl.load(limit_ptr + request * limit_stride)
     tau = tl.where((seq_len < min_context) | (mass_place < 0), 0.0, tau)
-    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE)
+    rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE, QUERY.PARTS)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
     if PDL:
         # what `weigh_kernel` writes; what kernels before it wrote is there already

@@ -27,6 +27,8 @@ class DecodeTuning:
         scan_stages, attend_stages, share_stages, dense_stages: pipeline depths of the scan, of the
             attention that starts from its scores, of the one to a list of runs, and of the one
             to every block; the last two read the base.
+        code_runs: runs of 4-bit codes whose places a program holds; a power of two, at most 128.
+        code_stages: depth of the pipeline that reads them.
         merge_rows: partial results (a query row of an item, 128 elements) that a warp asks for at
             a time in the merge, a power of two.
         num_warps: warps of a program.
@@ -48,6 +50,8 @@ class DecodeTuning:
     attend_stages: int = 3
     share_stages: int = 3
     dense_stages: int = 3
+    code_runs: int = 128
+    code_stages: int = 4
     merge_rows: int = 16
     num_warps: int = 4
     max_registers: int = 255

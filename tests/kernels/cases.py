@@ -14,8 +14,9 @@ from vllm_ffa_fp8fp8.kernels import (
     PageLayout,
     decode_attention,
 )
+from vllm_ffa_fp8fp8.kernels.code_reference import num_coded_tokens
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
-from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
+from vllm_ffa_fp8fp8.kernels.reference import encode_keys_reference, write_kv_reference
 
 POISON = 0xFF  # NaN in E4M3, float16 and bfloat16, infinity as an exponent
 ANCHOR_TOKENS = 16
@@ -40,10 +41,13 @@ class Case:
     key_scale: float = 1.0
     query_len: int = 1
     seed: int = 0
+    key_code: bool = False
 
     @property
     def layout(self) -> PageLayout:
-        return PageLayout(self.head_size, self.dtype, self.fp8_key, self.residual, self.fp8_value)
+        return PageLayout(
+            self.head_size, self.dtype, self.fp8_key, self.residual, self.fp8_value, self.key_code
+        )
 
     @property
     def scale(self) -> float:
@@ -84,8 +88,13 @@ class Batch:
         return self.case.layout.split(own_layer(self.storage.to(device), self.case.interleaved))
 
     def write(self) -> None:
-        """Puts `key` and `value` into the cache."""
-        write_kv_reference(self.key, self.value, self.planes(), self.slots())
+        """Puts `key` and `value` into the cache, with codes of the keys that the steps before would
+        have written codes of."""
+        planes, case = self.planes(), self.case
+        write_kv_reference(self.key, self.value, planes, self.slots())
+        for row, length in zip(self.block_table, case.lengths, strict=True):
+            coded = num_coded_tokens(length, case.query_len, case.limits().code_lag)
+            encode_keys_reference(planes, row, 0, coded)
 
     def slots(self) -> torch.Tensor:
         """Slots of all tokens, request after request."""

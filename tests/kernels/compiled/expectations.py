@@ -66,6 +66,15 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ("decode_kernel", "64 rows", {"local": 704, "programs": 1}),
     ("weigh_kernel", "", {"moves": {"load_rows": 16, "load_query": 16}, "loops": (E4M3,)}),
     ("weigh_kernel", "float16", {"moves": {"load_rows": 8}, "loops": (ANY,)}),
+    # a quarter of a query row and of its channels: few bytes a thread
+    (
+        "weigh_kernel",
+        "codes",
+        {"moves": {"score_run": 16, "load_query": 2}, "loops": (ANY, E4M3), "programs": 3},
+    ),
+    ("weigh_kernel", "codes, float16", {"loops": (ANY, ANY)}),
+    ("weigh_kernel", "codes, head size 80", {"moves": {"score_run": 8}}),
+    ("weigh_kernel", "codes, head size 256", {"programs": 2}),
     (
         "draw_kernel",
         "",
@@ -76,6 +85,8 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ),
     ("draw_kernel", "FP8 V", {"moves": {"load_columns": 8}}),
     ("draw_kernel", "float16", {"moves": {"load_rows": 8}, "loops": (ANY,)}),
+    ("draw_kernel", "codes, float16", {"local": 96}),  # blocks of 16, Triton 3.9
+    ("draw_kernel", "head size 256", {"local": 64}),
     ("draw_kernel", "up to 8 query tokens", {"local": 256, "programs": 1}),
     ("decode_threshold_kernel", "", {"moves": {"load_rows": 16, "load_query": 16}}),
     ("_base_read_kernel", "", {"moves": {"cp:_base_read_kernel": 16}}),

@@ -19,6 +19,7 @@ from vllm_ffa_fp8fp8.kernels import (
     ProjectionScratch,
     attn_forward_decode_fp8fp8,
     decode_attention,
+    encode_keys,
     gather_kv,
     project_rope_and_write,
     rope_and_write,
@@ -151,6 +152,11 @@ def project(case: QKVCase, shared_memory: int, writes: bool = True) -> None:
     )  # fmt: skip
 
 
+def encode(case: Case) -> None:
+    starts, block_table = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int32)
+    encode_keys(empty_planes(case), block_table, starts, starts, 64, 2)
+
+
 def read_base(case: Case) -> None:
     shape = Shape(Geometry(case.group * case.num_kv_heads, case.num_kv_heads), 8, case.page_size)
     block_table = torch.zeros(shape.batch, shape.pages, dtype=torch.int32)
@@ -208,6 +214,7 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     small = replace(main, block_size=16)
     yield decode("share", rule="share")
     yield decode("share, blocks of 16", small, rule="share")
+    yield decode("share, blocks of 16, codes", replace(small, key_code=True), rule="share")
     if extent == MAIN:
         return
     for name, case in large_cases(main).items():
@@ -242,6 +249,18 @@ def decode_variants(capability: int, extent: str) -> Iterator[Variant]:
     yield decode(
         "share, tau of each request, counted", small, rule="share", limit_of_each=True, counts=True
     )
+    yield from (
+        decode(f"share, codes, {name}", replace(case, key_code=True), rule="share", **options)
+        for name, case, options in (
+            ("few requests", small, {"num_reqs": 1}),
+            ("head size 64", replace(small, head_size=64), {}),
+            ("head size 80", replace(small, head_size=80), {}),
+            ("head size 256", replace(small, head_size=256, num_kv_heads=1), {}),
+            ("float16", replace(small, dtype=torch.float16), {}),
+            ("up to 8 query tokens", replace(small, query_len=8), {"uneven": True}),
+            ("blocks of 64, pages of 128", replace(main, page_size=128), {}),
+        )
+    )
     wide = large_cases(main)["head size 256, blocks of 128"]
     yield decode("dense, head size 256, blocks of 128", wide, rule="none")
     yield Variant("decode tensors", lambda: attend_tensors(main), 2)
@@ -261,6 +280,10 @@ def cache_variants(capability: int, extent: str) -> Iterator[Variant]:
         yield Variant(f"write few tokens{name}", lambda case=case: write(case, 8))
         yield Variant(f"write many tokens{name}", lambda case=case: write(case, 2048))
         yield Variant(f"gather{name}", lambda case=case: gather(case))
+    coded = replace(main, key_code=True)
+    yield Variant("encode keys", lambda: encode(coded))
+    if extent == ALL:
+        yield Variant("encode keys, head size 80", lambda: encode(replace(coded, head_size=80)))
     if main.fp8_key:
         yield Variant("read the base", lambda: read_base(main), DecodeCall(main, 90).programs)
 
