@@ -58,6 +58,18 @@ def test_options_in_force_count(model, monkeypatch, tmp_path):
     assert ampere["cache"].found.startswith(f"{32 * 8 * (3 * 128 + 1):,} bytes a token")
 
 
+def test_one_kv_head_needs_a_smaller_tau(model, monkeypatch, tmp_path):
+    folder = model("Llama", num_attention_heads=8, num_key_value_heads=1, hidden_size=1024)
+    warning = examine(folder)["tau"]
+    assert warning.status == findings.WARNING and warning.found.startswith("0.012, and the model")
+    assert "calibrate" in warning.advice
+    options = tmp_path / "mine.yaml"
+    monkeypatch.setenv("FFA_FP8FP8_CONFIG", str(options))
+    for text in ("tau: 0.006", "delta: 5", "tau: null"):
+        options.write_text(text)
+        assert "tau" not in examine(folder)
+
+
 def test_a_model_that_mixes_kinds(model):
     found = examine(model("Gemma3Text", num_hidden_layers=12))
     assert found["full attention"].found == "2 layers (5, 11): FFA_FP8FP8"

@@ -8,6 +8,8 @@ from vllm_ffa_fp8fp8 import environment
 from vllm_ffa_fp8fp8.commands.findings import MISSING, OK, WARNING, Finding
 from vllm_ffa_fp8fp8.config import FFAConfig
 
+SPREAD_TAU = 0.006
+"""With which Gemma 3 270M, whose full layers have one KV head, was closer than an fp8 cache."""
 VLLMS_CHOICE = "vLLM's choice of a backend"
 
 
@@ -42,6 +44,7 @@ def examine_model(model: str, capability: tuple[int, int] | None) -> Iterator[Fi
         return
     yield check_cache(config, len(found[0].layers), options, capability)
     yield check_paying(config, options)
+    yield from check_tau(config, options)
 
 
 def read_model(model: str) -> Any:
@@ -110,6 +113,20 @@ def check_cache(
         f"{ours / (2 * fp8):.2f} of a bf16 cache, {ours / fp8:.2f} of an fp8 cache; "
         f"{2**30 // ours:,} tokens a GiB",
     )
+
+
+def check_tau(config: Any, options: FFAConfig) -> Iterator[Finding]:
+    """A warning where the one measured model of this kind needed a smaller one."""
+    if options.rule != "share" or not options.prunes or options.limit <= SPREAD_TAU:
+        return
+    if config.get_total_num_kv_heads() == 1:
+        yield Finding(
+            "tau",
+            WARNING,
+            f"{options.limit:g}, and the model has one KV head: Gemma 3 270M, which has one, too, "
+            f"spread its attention and needed {SPREAD_TAU} to be closer than an fp8 cache",
+            "`ffa-fp8fp8 calibrate` finds the value for this model and your text",
+        )
 
 
 def check_paying(config: Any, options: FFAConfig) -> Finding:
