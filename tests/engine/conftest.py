@@ -1,6 +1,8 @@
 """One engine for each way of running it, started when a test first asks for it."""
 
+import multiprocessing
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from jobs import (
@@ -16,6 +18,20 @@ from jobs import (
     recall_batches,
 )
 from processes import Run, run_engine, run_ours
+from vllm.platforms import current_platform
+
+from vllm_ffa_fp8fp8.commands import engine_process
+
+
+@pytest.fixture(scope="session", autouse=current_platform.is_cpu())
+def forked_engines() -> Iterator[None]:
+    """Engines of commands start where vLLM is imported, as those of `run_script` do."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm"])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forking = SimpleNamespace(get_context=lambda method: context)
+        monkeypatch.setattr(engine_process, "multiprocessing", forking)
+        yield
 
 
 @pytest.fixture(scope="session")

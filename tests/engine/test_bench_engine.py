@@ -17,7 +17,7 @@ pytestmark = [
 def test_a_row_is_timed_at_the_wanted_kept_fraction(tmp_path):
     settings = Settings("tiny", ((1, 1500),), 0.2, (2, 4), 1, 0.9, on_gpu=False)
     vocab_size = write_model("tiny", tmp_path)["vocab_size"]
-    variant = parse_variant('FFA_FP8FP8={"block_size": 16}')
+    variant = parse_variant('FFA_FP8FP8={"rule": "threshold", "block_size": 16}')
     job = engine_job(variant, list(settings.rows), settings, str(tmp_path), vocab_size)
     *_, (kind, result) = run_engine(job, str(tmp_path / "log"), time_rows)
     assert kind == "result" and result["backend"] == "FFA_FP8FP8"

@@ -1,4 +1,5 @@
-"""What a server shows of its requests at `/metrics`, and what it lets them choose."""
+"""`VLLM_ATTENTION_BACKEND=FFA_FP8FP8 vllm serve`, whose engine and workers are spawned: what it
+answers, what it shows of its requests at `/metrics`, and what it lets them choose."""
 
 import contextlib
 import json
@@ -17,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from agreement import check_codes
 from processes import Server, serve
 from prometheus_client.parser import text_string_to_metric_families
-from prompts import recall_prompts
+from prompts import questions, recall_prompts
 from vllm.platforms import current_platform
 
 pytestmark = [
@@ -37,11 +39,12 @@ def server() -> Iterator[Server]:
     arguments = ("--enforce-eager", "--max-model-len", "4096", "--additional-config", options)
     arguments += ("--no-enable-prefix-caching",)
     variables = {"VLLM_ATTENTION_BACKEND": "FFA_FP8FP8", "VLLM_LOG_STATS_INTERVAL": "1"}
+    variables |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     with serve(*arguments, **variables) as server:
         name = f"ffa_fp8fp8_metrics_{server.process.pid}_*"
         assert len(list(Path(tempfile.gettempdir()).glob(name))) == 1
         yield server
-        assert server.stop() == 0
+        assert server.stop() == 0 and not server.has_processes()
         assert not list(Path(tempfile.gettempdir()).glob(name))
 
 
@@ -71,6 +74,14 @@ def series(server: Server) -> dict[str, float]:
     names = [s.name.removeprefix("vllm:ffa_").removesuffix("_total") for s in ours]
     assert len(set(names)) == len(names)
     return dict(zip(names, (s.value for s in ours), strict=True))
+
+
+def test_it_answers(server):
+    (question,) = questions(1500, 1)
+    answer = server.complete(question.prompt, max_tokens=8)
+    check_codes([{"text": answer.split("\n")[0]}], [question])
+    assert "Using AttentionBackendEnum.FFA_FP8FP8 backend." in server.log
+    assert "Unknown vLLM environment variable" not in server.log
 
 
 def test_series_move_with_requests(server):
