@@ -52,7 +52,8 @@ def test_taus_of_one_batch_with_the_v2_model_runner():
     }
     batches = batches_of("ffa_tau", (0.5, None, 0), 1100)
     job = {"llm": llm | CPU | FINE_LOGITS | ALONE, "batches": batches, "sampling": FEW}
-    result, log = run_script(HERE / "v2_runner.py", job)
+    variables = {"VLLM_USE_V2_MODEL_RUNNER": "1"}  # a new process, in which vLLM is not there yet
+    result, log = run_script(HERE / "v2_runner.py", job, variables)
     run = Run(**result, log=log)
     assert run.facts["model_runner"] == "vllm.v1.worker.cpu.model_runner"  # V2's heir
     check_each_as_alone(run)

@@ -1,8 +1,8 @@
 """Every test that takes `device` runs interpreted on the CPU and, marked `gpu`, compiled."""
 
 import checked_memory as checked_memory_module
-import quick_interpreter
 import pytest
+import quick_interpreter
 
 from vllm_ffa_fp8fp8.kernels.runtime import INTERPRETED
 
