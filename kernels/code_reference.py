@@ -3,6 +3,7 @@
 import torch
 
 from .cache.page_layout import CODE_TOKENS, KVPlanes
+from .cache_reference import gather_kv_reference
 
 
 def codes_of_keys_reference(
@@ -29,6 +30,24 @@ def encode_run_reference(planes: KVPlanes, page: int, run: int, key: torch.Tenso
     tokens = slice(run * CODE_TOKENS, (run + 1) * CODE_TOKENS)
     planes.key_code[page, :, tokens] = words.to(torch.int16)
     planes.code_range[page, :, run] = torch.cat([step, offset], dim=-1)
+
+
+def encode_keys_reference(
+    planes: KVPlanes, block_table_row: torch.Tensor, first_token: int, seq_len: int
+) -> None:
+    """Writes the codes of a request's complete runs of CODE_TOKENS keys, from the one that holds
+    `first_token` on."""
+    first = first_token // CODE_TOKENS
+    end = seq_len // CODE_TOKENS
+    if planes.key_code is None or first >= end:
+        return
+    runs = planes.page_size // CODE_TOKENS
+    pages = block_table_row[first // runs : -(-end // runs)]
+    skipped = first // runs * runs  # runs of the pages before
+    key, _ = gather_kv_reference(planes, pages, (end - skipped) * CODE_TOKENS, torch.float32)
+    for run in range(first, end):
+        tokens = slice((run - skipped) * CODE_TOKENS, (run - skipped + 1) * CODE_TOKENS)
+        encode_run_reference(planes, int(block_table_row[run // runs]), run % runs, key[tokens])
 
 
 def decode_codes_reference(

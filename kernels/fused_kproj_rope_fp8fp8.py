@@ -12,12 +12,12 @@ import sys
 import torch
 
 from .cache.page_layout import PageLayout
+from .cache_reference import gather_kv_reference
 from .projection.project_write import ProjectionScratch, project_rope_and_write
 from .projection.qkv_heads import QKVHeads
 from .projection.reference import rotate_reference
 from .projection.rope_write import rope_and_write
 from .projection.tuning import projection_tuning_on
-from .reference import gather_kv_reference
 from .runtime import INTERPRETED
 
 PAGE_SIZE, NUM_TOKENS = 16, 5

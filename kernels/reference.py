@@ -1,5 +1,5 @@
-"""PyTorch oracles of decode, prefill, split, cache write and gather. They share no code with the
-kernels; the CPU path runs on those of decode, write and gather."""
+"""PyTorch oracles of decode and prefill. They share no code with the kernels; the CPU path runs on
+that of decode."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,158 +7,29 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from .cache.page_layout import CODE_TOKENS, RESIDUAL_SCALE, KVPlanes
-from .code_reference import decode_codes_reference, encode_run_reference, num_coded_tokens
+from .cache.page_layout import CODE_TOKENS, KVPlanes
+from .cache_reference import (
+    join_key_reference,
+    join_value_reference,
+    power_of_two,
+    tokens_of,
+    widen,
+)
+from .code_reference import decode_codes_reference, num_coded_tokens
 from .counters import SHARE_UNITS
 from .share_reference import Choice, choose_blocks_reference
-
-
-def _widen(key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`key.to(dtype)`, except that an E4M3 NaN, which no finite key is stored as, becomes 480.
-
-    PyTorch's own conversion from E4M3 is slow on the CPU. Its bits, moved to where float16 has
-    sign, exponent and mantissa, are a number 2^8 times smaller.
-    """
-    if key.dtype != torch.float8_e4m3fn:
-        return key.to(dtype)
-    bits = key.view(torch.int8).to(torch.int16) << 7  # the sign stands in bits 15 and 14
-    return (bits & ~0x4000).view(torch.float16).to(dtype) * 256
-
-
-def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`2^(exponent - 127)`: the exponents are E8M0."""
-    return exponent.view(torch.float8_e8m0fnu).to(dtype)
-
-
-def _scale_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows`, float32, times a power of two that brings each row's largest element into
-    [2^7, 2^8), and the exponents that undo it, uint8 `[..., 1]`."""
-    rows = rows.float()
-    largest = rows.abs().amax(-1, keepdim=True)
-    _, exponent = torch.frexp(largest)  # largest in [2^(e-1), 2^e)
-    exponent = torch.where(largest > 0, exponent - 8, -126).clamp(min=-126)
-    exponent = (exponent + 127).to(torch.uint8)
-    return rows / _power_of_two(exponent, torch.float32), exponent
-
-
-def split_key_reference(
-    key: torch.Tensor, residual_scale: float = RESIDUAL_SCALE
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Base and residual, E4M3 `[..., head_size]`, and exponent, uint8 `[..., 1]`, of `key`."""
-    scaled, exponent = _scale_rows(key)
-    base = scaled.to(torch.float8_e4m3fn)
-    residual = (scaled - _widen(base, torch.float32)) * residual_scale
-    return base, residual.to(torch.float8_e4m3fn), exponent
-
-
-def join_key_reference(
-    base: torch.Tensor,
-    residual: torch.Tensor | None,
-    exponent: torch.Tensor | None,
-    residual_scale: float = RESIDUAL_SCALE,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """The key that base, residual and exponent stand for, in `dtype`."""
-    key = _widen(base, dtype)
-    if residual is not None:
-        key = key + _widen(residual, dtype) / residual_scale
-    if exponent is not None:
-        key = key * _power_of_two(exponent, dtype)
-    return key
-
-
-def round_value_reference(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 `[..., head_size]` and exponent, uint8 `[..., 1]`, of `value`."""
-    scaled, exponent = _scale_rows(value)
-    return scaled.to(torch.float8_e4m3fn), exponent
-
-
-def join_value_reference(
-    value: torch.Tensor, exponent: torch.Tensor | None, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """The value that the rows of its planes stand for, in `dtype`."""
-    value = _widen(value, dtype)
-    return value if exponent is None else value * _power_of_two(exponent, dtype)
-
-
-def write_kv_reference(
-    key: torch.Tensor, value: torch.Tensor, planes: KVPlanes, slot_mapping: torch.Tensor
-) -> None:
-    """`write_kv` in PyTorch."""
-    slots = slot_mapping.long()
-    rows = (slots >= 0).nonzero().squeeze(1)
-    slots = slots[rows]
-    page, offset = slots // planes.page_size, slots % planes.page_size
-    key, value = key[rows], value[rows]  # [rows, num_kv_heads, head_size]
-    if planes.value_exponent is not None:
-        value, exponent = round_value_reference(value)
-        planes.value_exponent[page, :, offset] = exponent
-    planes.value[page, :, offset] = value
-    if planes.key_exponent is None:
-        planes.key[page, :, offset] = key
-        return
-    base, residual, exponent = split_key_reference(key, planes.residual_scale)
-    planes.key[page, :, offset] = base
-    planes.key_exponent[page, :, offset] = exponent
-    if planes.key_residual is not None:
-        planes.key_residual[page, :, offset] = residual
-
-
-def _tokens(plane: torch.Tensor | None, pages: torch.Tensor, seq_len: int) -> torch.Tensor | None:
-    """A request's rows of a plane, `[num_kv_heads, seq_len, width]`."""
-    if plane is None:
-        return None
-    return plane[pages.long()].transpose(0, 1).flatten(1, 2)[:, :seq_len]
 
 
 def _rows(plane: torch.Tensor | None, head: int, tokens: torch.Tensor) -> torch.Tensor | None:
     return None if plane is None else plane[head].index_select(0, tokens)
 
 
-def gather_kv_reference(
-    planes: KVPlanes,
-    block_table_row: torch.Tensor,
-    seq_len: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One request's first `seq_len` keys and values, `[seq_len, num_kv_heads, head_size]`."""
-    pages = block_table_row[: -(-seq_len // planes.page_size)]
-    key = join_key_reference(
-        _tokens(planes.key, pages, seq_len),
-        _tokens(planes.key_residual, pages, seq_len),
-        _tokens(planes.key_exponent, pages, seq_len),
-        planes.residual_scale,
-    )
-    value = join_value_reference(
-        _tokens(planes.value, pages, seq_len), _tokens(planes.value_exponent, pages, seq_len)
-    )
-    return key.transpose(0, 1).to(dtype), value.transpose(0, 1).to(dtype)
-
-
-def encode_keys_reference(
-    planes: KVPlanes, block_table_row: torch.Tensor, first_token: int, seq_len: int
-) -> None:
-    """Writes the codes of a request's complete runs of CODE_TOKENS keys, from the one that holds
-    `first_token` on."""
-    first = first_token // CODE_TOKENS
-    end = seq_len // CODE_TOKENS
-    if planes.key_code is None or first >= end:
-        return
-    runs = planes.page_size // CODE_TOKENS
-    pages = block_table_row[first // runs : -(-end // runs)]
-    skipped = first // runs * runs  # runs of the pages before
-    key, _ = gather_kv_reference(planes, pages, (end - skipped) * CODE_TOKENS, torch.float32)
-    for run in range(first, end):
-        tokens = slice((run - skipped) * CODE_TOKENS, (run - skipped + 1) * CODE_TOKENS)
-        encode_run_reference(planes, int(block_table_row[run // runs]), run % runs, key[tokens])
-
-
 def _code_scores(
     planes: KVPlanes, pages: torch.Tensor, num_tokens: int, rows: torch.Tensor
 ) -> torch.Tensor:
     """`rows` `[num_kv_heads, num_rows, head_size]` times the codes of the first `num_tokens`."""
-    words = _tokens(planes.key_code, pages, num_tokens)
-    ranges = _tokens(planes.code_range, pages, num_tokens // CODE_TOKENS)
+    words = tokens_of(planes.key_code, pages, num_tokens)
+    ranges = tokens_of(planes.code_range, pages, num_tokens // CODE_TOKENS)
     return rows @ decode_codes_reference(words, ranges, rows.dtype).mT
 
 
@@ -237,11 +108,11 @@ def decode_attention_reference(
         if seq_len == 0 or query_len == 0:
             continue
         pages = block_table[request, : -(-seq_len // planes.page_size)]
-        base = _tokens(planes.key, pages, seq_len)
-        residual = _tokens(planes.key_residual, pages, seq_len)
-        exponent = _tokens(planes.key_exponent, pages, seq_len)
-        value = _tokens(planes.value, pages, seq_len)
-        value_exponent = _tokens(planes.value_exponent, pages, seq_len)
+        base = tokens_of(planes.key, pages, seq_len)
+        residual = tokens_of(planes.key_residual, pages, seq_len)
+        exponent = tokens_of(planes.key_exponent, pages, seq_len)
+        value = tokens_of(planes.value, pages, seq_len)
+        value_exponent = tokens_of(planes.value_exponent, pages, seq_len)
         rows = _group_rows(query[new].to(dtype), num_kv_heads)
         unseen = _unseen(seq_len, query_len, rows.shape[1], query.device)
         limit = delta if tau is None else tau
@@ -250,9 +121,9 @@ def decode_attention_reference(
         sink = _sinks_of_rows(sinks, rows, query_len)
         choice = None
         if limit < math.inf and seq_len >= min_context:
-            scores = rows @ _widen(base, dtype).mT * scale_log2
+            scores = rows @ widen(base, dtype).mT * scale_log2
             if exponent is not None:
-                scores = scores * _power_of_two(exponent, dtype).mT
+                scores = scores * power_of_two(exponent, dtype).mT
             scores = _capped(scores, soft_cap_log2)
             scores = scores.masked_fill(unseen, -math.inf)
             first, last = scores[..., :anchor_tokens], scores[..., -anchor_tokens:]

@@ -21,6 +21,8 @@ ROOMS = (  # lower ones first; a room may import itself and those before it
 KERNEL_ROOMS = (
     ("runtime", "counters", "share_reference"),
     ("cache",),
+    ("cache_reference",),
+    ("code_reference",),
     ("reference",),
     ("decode", "projection"),
 )

@@ -75,6 +75,10 @@ class FFAConfig:
     precomputed_threshold: bool = values.option(False, values.flag, "true or false")
     """One kernel finds the threshold of a (request, KV head), instead of every split by itself."""
 
+    scan: str = values.option("base", values.scan, "base or int4")
+    """What the scan by share reads of every key: its FP8 base, or 4 bits, which the cache holds
+    beside it."""
+
     dense_layers: tuple[int, ...] = values.option((), values.layers, "a list of layer indices")
     """Layers that run unpruned; negative indices count from the end."""
 
@@ -104,16 +108,17 @@ class FFAConfig:
     def __post_init__(self):
         for name, value in _checked(vars(self), "FFAConfig").items():
             object.__setattr__(self, name, value)
-        if self.rule == "share" and self.precomputed_threshold:
-            raise ValueError(
-                "Option 'precomputed_threshold' = True belongs to rule 'threshold', and the rule "
-                "is 'share'; leave it out, or set rule: threshold"
-            )
+        values.check_together(self)
 
     @property
     def prunes(self) -> bool:
         """Whether any block can be skipped at all."""
         return self.limit is not None
+
+    @property
+    def scans_codes(self) -> bool:
+        """Whether the cache holds keys in 4 bits, too."""
+        return self.scan == "int4" and self.prunes
 
     @property
     def counts_blocks(self) -> bool:

@@ -33,6 +33,10 @@ MEANINGS = {
         "`auto` stores V in the model's dtype, `fp8` as E4M3: a cache a quarter smaller"
     ),
     "precomputed_threshold": ("find thresholds in a kernel of their own instead of in every split"),
+    "scan": (
+        "what the scan by share reads: `base`, the FP8 base, or `int4`, 4 bits a key element that "
+        "the cache holds beside it, 14% more of it; pages of a multiple of 64 tokens"
+    ),
     "dense_layers": ("layers that are not pruned; negative indices count from the end"),
     "min_context": ("requests with fewer tokens are not pruned"),
     "min_request_delta": (

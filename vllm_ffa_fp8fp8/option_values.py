@@ -7,6 +7,7 @@ from typing import Any
 
 BLOCK_SIZES = (16, 32, 64, 128)
 V_CACHE_DTYPES = ("auto", "fp8")
+SCANS = ("base", "int4")
 FUSED_KPROJ = ("auto", "on", "off")
 RULES = {"threshold": "delta", "share": "tau"}
 """How blocks to read are chosen, and the option that says how many."""
@@ -68,6 +69,12 @@ def layers(value: object) -> tuple[int, ...]:
     raise ValueError
 
 
+def scan(value: object) -> str:
+    if isinstance(value, str) and value in SCANS:
+        return value
+    raise ValueError
+
+
 def count(value: object) -> int:
     if is_int(value) and 0 <= value < 2**31:  # an int32 of the kernels
         return value
@@ -86,3 +93,24 @@ def option(default: Any, check: Callable[[object], Any], allowed: str) -> Any:
     """A field whose `check` returns the value to store or raises ValueError or OverflowError;
     `allowed` says what it accepts, for the user."""
     return dataclasses.field(default=default, metadata={"check": check, "allowed": allowed})
+
+
+def check_together(options: Any) -> None:
+    """ValueError for options, of an FFAConfig, that do not go together."""
+    if options.rule == "share" and options.precomputed_threshold:
+        raise ValueError(
+            "Option 'precomputed_threshold' = True belongs to rule 'threshold', and the rule "
+            "is 'share'; leave it out, or set rule: threshold"
+        )
+    if not options.scans_codes:
+        return
+    if options.rule != "share":
+        raise ValueError(
+            "Option 'scan' = 'int4' belongs to rule 'share', and the rule is "
+            f"{options.rule!r}; leave it out, or set tau"
+        )
+    if options.block_size == 128:
+        raise ValueError(
+            "Option 'block_size' = 128 is larger than the runs of 64 tokens that scan: int4 reads; "
+            "set 16, 32 or 64"
+        )

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cache.page_layout import KVPlanes
-from ..reference import write_kv_reference
+from ..cache_reference import write_kv_reference
 from .qkv_heads import QKVHeads
 
 

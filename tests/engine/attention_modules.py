@@ -10,7 +10,7 @@ from vllm.model_executor.models.qwen2 import Qwen2Attention
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeAttention
 
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
-from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 256, 4, 2, 64
 TOKENS, PAGE_SIZE, NUM_PAGES = 7, 16, 3

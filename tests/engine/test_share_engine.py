@@ -59,6 +59,27 @@ def test_another_process_draws_the_same(share_run):
     assert again.skips[0] == share_run.skips[0]
 
 
+def test_a_scan_of_codes_reads_as_much_and_answers_alike(share_run):
+    """With prompts cut into steps and one that the prefix cache has, and across pages that decode
+    completes; in pages of 128 tokens."""
+    batches = recall_batches(RECALL_LENGTHS, ASKED)
+    steps = {"max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 128}
+    options = {"tau": TAU, "scan": "int4"}
+    run = run_ours([*batches, batches[1]], ANSWER, options, **CPU, **FINE_LOGITS, **steps)
+    references = [*share_run.batches, share_run.batches[1]]
+    for length, ours, theirs in zip(
+        (*RECALL_LENGTHS, RECALL_LENGTHS[1]), run.batches, references, strict=True
+    ):
+        check_codes(ours, questions(length, ASKED))
+        for answer, reference in zip(ours, theirs, strict=True):
+            check_same_answer(answer, reference)
+    for counts, of_base in zip(run.skips, share_run.skips, strict=False):
+        assert 0 < counts["drawn_blocks"]
+        kept = counts["kept_blocks"] / counts["total_blocks"]
+        assert kept == pytest.approx(of_base["kept_blocks"] / of_base["total_blocks"], rel=0.1)
+    assert "FFA_FP8FP8 scans keys of 4 bits, which take 36 of 293 bytes" in run.log
+
+
 def test_the_log_names_rule_and_value(share_run):
     assert f"FFA_FP8FP8 options: rule=share, tau={TAU}, " in share_run.log
     assert ", delta=" not in share_run.log

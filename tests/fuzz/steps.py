@@ -8,11 +8,11 @@ import torch
 from layer import CPU, HEAD_SIZE, MAX_LEN, MAX_REQS, Shape, make_layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.decode.attention import dealt
 from vllm_ffa_fp8fp8.kernels.reference import (
     decode_attention_reference,
-    gather_kv_reference,
     prefill_attention_reference,
 )
 

@@ -14,9 +14,9 @@ from vllm_ffa_fp8fp8.kernels import (
     PageLayout,
     decode_attention,
 )
-from vllm_ffa_fp8fp8.kernels.code_reference import num_coded_tokens
+from vllm_ffa_fp8fp8.kernels.cache_reference import write_kv_reference
+from vllm_ffa_fp8fp8.kernels.code_reference import encode_keys_reference, num_coded_tokens
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
-from vllm_ffa_fp8fp8.kernels.reference import encode_keys_reference, write_kv_reference
 
 POISON = 0xFF  # NaN in E4M3, float16 and bfloat16, infinity as an exponent
 ANCHOR_TOKENS = 16

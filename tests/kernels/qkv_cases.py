@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from cases import Case, empty_cache, own_layer
 
+from vllm_ffa_fp8fp8.kernels.cache_reference import write_kv_reference
 from vllm_ffa_fp8fp8.kernels.projection.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.projection.reference import rotate_reference
-from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
 
 NUM_PAGES = 5
 MAX_POSITION = 500

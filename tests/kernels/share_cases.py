@@ -9,9 +9,10 @@ import torch
 from cases import Batch, Case, make_batch, poisoned_scratch
 
 from vllm_ffa_fp8fp8.kernels import DecodeLimits, DecodePlan, decode_attention
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.decode.attention import dealt
-from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference, gather_kv_reference
+from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 from vllm_ffa_fp8fp8.kernels.share_reference import Choice, choose_blocks_reference
 
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}

@@ -85,7 +85,7 @@ def test_work_items_share_the_newest_blocks():
 
 def write_reference(inputs):
     from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
-    from vllm_ffa_fp8fp8.kernels.reference import write_kv_reference
+    from vllm_ffa_fp8fp8.kernels.cache_reference import write_kv_reference
 
     num_pages, page_size, num_kv_heads, head_size = inputs.key.shape
     layout = PageLayout(head_size, inputs.key.dtype)

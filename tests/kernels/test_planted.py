@@ -11,7 +11,8 @@ from vllm_ffa_fp8fp8.bench.decoder import CheckFailed, Decoder
 from vllm_ffa_fp8fp8.bench.planted import SCORES, make_planted
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
-from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference, write_kv_reference
+from vllm_ffa_fp8fp8.kernels.cache_reference import write_kv_reference
+from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 from vllm_ffa_fp8fp8.option_values import RULES
 
 SHAPE = Shape(Geometry(8, 4, 64, 64), 1, 3000)

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from cases import Case, make_batch
 from truth import assert_kept, choose_delta, reference
 
-from vllm_ffa_fp8fp8.kernels.counters import new_counters
-from vllm_ffa_fp8fp8.kernels.reference import (
+from vllm_ffa_fp8fp8.kernels.cache_reference import (
     gather_kv_reference,
     join_key_reference,
     join_value_reference,
-    prefill_attention_reference,
     round_value_reference,
     split_key_reference,
 )
+from vllm_ffa_fp8fp8.kernels.counters import new_counters
+from vllm_ffa_fp8fp8.kernels.reference import prefill_attention_reference
 
 
 def test_split_by_hand():

@@ -5,10 +5,8 @@ import math
 import torch
 from cases import ANCHOR_TOKENS, Batch, Case
 
-from vllm_ffa_fp8fp8.kernels.reference import (
-    decode_attention_reference,
-    gather_kv_reference,
-)
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
+from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 
 ROUNDING = 1e-3
 """Log2 units: blocks whose margin is smaller may be kept or skipped."""

@@ -6,7 +6,12 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_ffa_fp8fp8.attention.geometry import PREFERRED_PAGE_SIZE, engine_config, page_layout
+from vllm_ffa_fp8fp8.attention.geometry import (
+    PREFERRED_PAGE_SIZE,
+    engine_config,
+    page_layout,
+    page_multiple,
+)
 from vllm_ffa_fp8fp8.attention.impl import FFAFP8FP8Impl
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8MetadataBuilder
 from vllm_ffa_fp8fp8.integration.refusals import check_kv_cache_spec, refusal_reasons
@@ -38,7 +43,7 @@ class FFAFP8FP8Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+        return [MultipleOf(page_multiple())]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

@@ -6,13 +6,11 @@ import torch
 
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference, write_kv_reference
+from vllm_ffa_fp8fp8.kernels.code_reference import encode_keys_reference
 from vllm_ffa_fp8fp8.kernels.projection.qkv_heads import QKVHeads
 from vllm_ffa_fp8fp8.kernels.projection.reference import rope_and_write_reference
-from vllm_ffa_fp8fp8.kernels.reference import (
-    decode_attention_reference,
-    gather_kv_reference,
-    write_kv_reference,
-)
+from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 from vllm_ffa_fp8fp8.option_values import RULES
 
 
@@ -35,6 +33,11 @@ class CpuOps:
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv_reference(key, value, planes, slot_mapping)
 
+    def encode(self, planes: KVPlanes, prefill: PrefillBatch, code_lag: int) -> None:
+        lengths = zip(prefill.seq_lens_host, prefill.query_lens_host, strict=True)
+        for row, (seq_len, query_len) in zip(prefill.block_table, lengths, strict=True):
+            encode_keys_reference(planes, row, max(seq_len - query_len - code_lag, 0), seq_len)
+
     def largest_projected_batch(self, hidden_size: int) -> int:
         """No batch: vLLM's linear layer packs its weights for this CPU."""
         return 0
@@ -50,6 +53,8 @@ class CpuOps:
         limit: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
+        if planes.key_code is not None and limit is not None:
+            self._encode_new(planes, metadata)
         result, _ = decode_attention_reference(
             query,
             planes,
@@ -64,8 +69,19 @@ class CpuOps:
             query_start_loc=metadata.query_start_loc,
             min_context=self.impl.config.min_context,
             counters=self.impl.counters,
+            code_lag=metadata.code_lag,
         )
         output.copy_(result)
+
+    @staticmethod
+    def _encode_new(planes: KVPlanes, metadata: FFAFP8FP8Metadata) -> None:
+        """Writes the codes of keys that the last steps completed."""
+        starts = metadata.query_start_loc
+        query_lens = [1] * metadata.num_decodes if starts is None else starts.diff().tolist()
+        lengths = zip(metadata.seq_lens.tolist(), query_lens, strict=True)
+        for row, (seq_len, query_len) in zip(metadata.block_table, lengths, strict=True):
+            certain = seq_len - query_len + 1
+            encode_keys_reference(planes, row, max(certain - metadata.code_lag, 0), certain)
 
     def prefill(
         self,

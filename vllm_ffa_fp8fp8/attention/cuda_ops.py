@@ -9,6 +9,7 @@ from vllm_ffa_fp8fp8.attention.geometry import decode_query_len, pruning_block_s
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata, PrefillBatch
 from vllm_ffa_fp8fp8.attention.resources import check_triton_cache, naming_what_to_lower
 from vllm_ffa_fp8fp8.integration.compat import load_flash_attention
+from vllm_ffa_fp8fp8.kernels.cache.key_codes import encode_keys
 from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
@@ -90,6 +91,13 @@ class CudaOps:
 
     def write(self, key, value, planes: KVPlanes, slot_mapping: torch.Tensor) -> None:
         write_kv(key, value, planes, slot_mapping)
+
+    def encode(self, planes: KVPlanes, prefill: PrefillBatch, code_lag: int) -> None:
+        """Writes the codes of keys that prefills complete."""
+        encode_keys(
+            planes, prefill.block_table, prefill.query_start_loc, prefill.cu_seq_lens,
+            max(prefill.query_lens_host), code_lag,
+        )  # fmt: skip
 
     def largest_projected_batch(self, hidden_size: int) -> int:
         """The most tokens that `project_rope_and_write` is to take."""

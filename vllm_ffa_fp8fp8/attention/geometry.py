@@ -7,8 +7,8 @@ from vllm.config import get_current_vllm_config
 
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.environment import fp8_available
-from vllm_ffa_fp8fp8.integration.refusals import check_options
-from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
+from vllm_ffa_fp8fp8.integration.refusals import PAGE_SIZE_BASE, check_options, check_scan
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import CODE_TOKENS, PageLayout
 from vllm_ffa_fp8fp8.kernels.decode.attention import MAX_QUERY_ROWS
 from vllm_ffa_fp8fp8.registry import BACKEND_NAME
 
@@ -26,8 +26,10 @@ def read_engine_config() -> FFAConfig:
     """Reads the options of the engine being built, where its layers are made, and keeps them for
     `engine_config`. Raises ValueError for options that cannot be."""
     global _engine_config
-    config = FFAConfig.from_vllm_config(get_current_vllm_config())
+    vllm_config = get_current_vllm_config()
+    config = FFAConfig.from_vllm_config(vllm_config)
     check_options(config, fp8_available())
+    check_scan(config, vllm_config)
     _engine_config = config
     return config
 
@@ -49,7 +51,14 @@ def page_layout(head_size: int, dtype: torch.dtype, config: FFAConfig) -> PageLa
         fp8_key=fp8,
         residual=fp8 and config.use_fp8_residual,
         fp8_value=config.v_cache_dtype == "fp8",
+        key_code=config.scans_codes,
     )
+
+
+def page_multiple() -> int:
+    """What tokens of a page have to be a multiple of, for the options of this process."""
+    has_codes = _engine_config is not None and _engine_config.scans_codes
+    return CODE_TOKENS if has_codes else PAGE_SIZE_BASE
 
 
 def pruning_block_size(page_size: int, config: FFAConfig) -> int:

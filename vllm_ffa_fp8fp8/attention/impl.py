@@ -132,6 +132,9 @@ class FFAFP8FP8Impl(AttentionImpl[FFAFP8FP8Metadata]):
             return output.fill_(0)
         planes = self.planes(kv_cache)
         num_decode_tokens = attn_metadata.num_decode_tokens
+        if attn_metadata.prefill is not None and planes.key_code is not None and not self.is_dense:
+            # before decode, which may share pages with a prefill of the same step
+            self.ops.encode(planes, attn_metadata.prefill, attn_metadata.code_lag)
         if num_decode_tokens:
             limit = None if self.is_dense else attn_metadata.limit
             new = slice(num_decode_tokens)

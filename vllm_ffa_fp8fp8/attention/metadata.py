@@ -1,6 +1,6 @@
 """What a step needs to know of its batch: decodes first, planned on the device, then prefills."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ from vllm_ffa_fp8fp8.attention.geometry import (
 from vllm_ffa_fp8fp8.attention.limit_rows import LimitRows
 from vllm_ffa_fp8fp8.integration.refusals import OTHER_BACKEND, check_kv_cache_spec, refuse
 from vllm_ffa_fp8fp8.integration.request_limits import worker_limits
+from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
 from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan
 
 logger = init_logger(f"vllm.{__name__}")
@@ -64,6 +65,7 @@ class FFAFP8FP8Metadata(AttentionMetadata):
     seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
     block_table: torch.Tensor  # int32 [num_decodes, max_pages]
     block_size: int
+    code_lag: int  # see `DecodeLimits.code_lag`
     limit: torch.Tensor | None  # float32 [num_decodes], delta or tau; None: nothing is pruned
     plan: DecodePlan | None  # None on the CPU and without decodes
     prefill: PrefillBatch | None
@@ -101,9 +103,12 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         if impl.config.prunes:
             most = vllm_config.scheduler_config.max_num_seqs
             self.limits = LimitRows(impl.config.limit, most, device)
+        self.code_lag = decode_query_len(vllm_config) + 1
         self.plan = impl.ops.make_plan(self.block_size)
         if impl.config.metrics:
             worker_metrics.start(vllm_config, self.block_size)
+        if impl.config.scans_codes:
+            _tell_cost_of_codes(impl.layout, vllm_config.cache_config, page_size)
         for name in layer_names:
             impl = vllm_config.compilation_config.static_forward_context[name].impl
             impl.ops.compile(impl.planes_to_be(page_size))
@@ -144,10 +149,24 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
             seq_lens=seq_lens,
             block_table=common.block_table_tensor[:num_decodes],
             block_size=self.block_size,
+            code_lag=self.code_lag,
             limit=limit,
             plan=plan,
             prefill=_prefill_batch(common, num_decodes) if num_prefills else None,
         )
+
+
+def _tell_cost_of_codes(layout: PageLayout, cache_config, page_size: int) -> None:
+    """What scan: int4 costs, in tokens of the cache."""
+    ours, without = layout.bytes_per_token, replace(layout, key_code=False).bytes_per_token
+    tokens = (cache_config.num_gpu_blocks or 0) * page_size
+    logger.info_once(
+        "FFA_FP8FP8 scans keys of 4 bits, which take %d of %d bytes of a token and KV head: the "
+        "cache holds %s where it would hold %s.",
+        ours - without, ours,
+        f"{tokens:,} tokens" if tokens else f"{without / ours:.0%} of the tokens",
+        f"{tokens * ours // without:,}" if tokens else "all",
+    )  # fmt: skip
 
 
 def _seq_lens_host(seq_lens: torch.Tensor, upper_bound: torch.Tensor | None) -> torch.Tensor:

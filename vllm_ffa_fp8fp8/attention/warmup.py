@@ -17,6 +17,7 @@ from vllm_ffa_fp8fp8.attention.geometry import (
     pruning_block_size,
 )
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8Metadata
+from vllm_ffa_fp8fp8.kernels.cache.key_codes import encode_keys
 from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes
 from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan
@@ -96,6 +97,8 @@ def launch_all(impl, planes: KVPlanes) -> None:
     key = _rows(impl, 16, impl.num_kv_heads)
     lengths, block_table = _empty(2, dtype=torch.int32), _empty(1, 16, dtype=torch.int32)
     gather_kv(planes, block_table, lengths, 16, key, key)
+    if config.prunes:
+        encode_keys(planes, block_table, lengths, lengths, 16, 1)
 
 
 def token_counts(max_tokens: int) -> Iterator[int]:
@@ -127,6 +130,7 @@ def _launch_decode(impl, planes: KVPlanes, prunes: bool) -> None:
                 seq_lens=seq_lens,
                 block_table=_empty(num_reqs, 16, dtype=torch.int32),
                 block_size=block_size,
+                code_lag=limits.code_lag,
                 limit=limit,
                 plan=plan,
                 prefill=None,

@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.bench.sweep import parse_tuning
 from vllm_ffa_fp8fp8.bench.timing import time_graph
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
 from vllm_ffa_fp8fp8.kernels.projection.project_write import (
     ProjectionScratch,
     project_rope_and_write,
@@ -26,7 +27,6 @@ from vllm_ffa_fp8fp8.kernels.projection.tuning import (
     projection_tuning_on,
     rope_write_tuning,
 )
-from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
 
 PAGE_SIZE = 64
 HEAD_SIZE = 128

@@ -102,6 +102,7 @@ def check_cache(
         fp8_key=has_fp8,
         residual=has_fp8 and options.use_fp8_residual,
         fp8_value=options.v_cache_dtype == "fp8",
+        key_code=options.scans_codes,
     )
     heads = num_layers * config.get_total_num_kv_heads()
     ours = heads * layout.bytes_per_token

@@ -245,6 +245,7 @@ def _check_and_freeze_options(vllm_config) -> None:
         check_engine,
         check_options,
         check_platform,
+        check_scan,
     )
     from vllm_ffa_fp8fp8.integration.start_checks import check_model
 
@@ -254,6 +255,7 @@ def _check_and_freeze_options(vllm_config) -> None:
         check_model(vllm_config, current_platform.get_device_capability())
     options = FFAConfig.from_vllm_config(vllm_config)
     check_options(options, fp8_available())
+    check_scan(options, vllm_config)
     if envs.batch_invariant():
         check_batch_invariance(has_drafts=vllm_config.speculative_config is not None)
     # Workers read these, not their own environment or files, which may differ on another node.

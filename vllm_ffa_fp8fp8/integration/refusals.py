@@ -9,6 +9,7 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 DTYPES = ("float16", "bfloat16")
 KV_CACHE_DTYPES = (None, "auto", "float16", "bfloat16")
 PAGE_SIZE_BASE = 16
+CODE_TOKENS = 64  # of a run of 4-bit keys
 MAX_GROUP_SIZE = 16
 MIN_COMPUTE_CAPABILITY = (8, 0)
 MIN_CAPABILITY_OF_SINKS = (9, 0)  # FlashAttention 3, which prefill takes
@@ -133,6 +134,24 @@ def check_options(options: Any, has_fp8: bool) -> None:
         refuse(
             "v_cache_dtype fp8 on a GPU without FP8 (compute capability before 8.9)",
             "leave v_cache_dtype at auto, or use an Ada, Hopper or newer GPU",
+        )
+
+
+def check_scan(options: Any, vllm_config: Any) -> None:
+    """ValueError for what cannot be together with codes of keys, where `options` ask for them."""
+    if not options.scans_codes:
+        return
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size and cache.block_size % CODE_TOKENS:
+        refuse(
+            f"block_size {cache.block_size} with scan int4",
+            f"set --block-size to a multiple of {CODE_TOKENS}, or scan to base",
+        )
+    if vllm_config.speculative_config is not None and vllm_config.kv_transfer_config is not None:
+        # a block may be sent away before its last tokens, drafts, are certain and have codes
+        refuse(
+            "scan int4 with drafts and a KV connector together",
+            "drop --speculative-config or --kv-transfer-config, or set scan to base",
         )
 
 

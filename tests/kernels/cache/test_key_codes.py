@@ -13,8 +13,8 @@ from vllm_ffa_fp8fp8.kernels.cache.page_layout import CODE_TOKENS
 from vllm_ffa_fp8fp8.kernels.code_reference import (
     codes_of_keys_reference,
     decode_codes_reference,
+    encode_keys_reference,
 )
-from vllm_ffa_fp8fp8.kernels.reference import encode_keys_reference
 
 CASE = Case((150, 64, 63, 330), head_size=64, key_code=True)
 POISONED = -1  # of a word

@@ -7,7 +7,7 @@ import torch
 from cases import Batch, Case, make_batch
 
 from vllm_ffa_fp8fp8.kernels import gather_kv
-from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 SPARE = 3  # rows beyond the gathered ones

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_ffa_fp8fp8.kernels import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.fp8_split import round_to_e4m3
-from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference, write_kv_reference
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference, write_kv_reference
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 NUM_PAGES = 5

@@ -8,8 +8,8 @@ from cases import Case, make_batch, poisoned_scratch
 from share_cases import TOLERANCE, error_of, expected_of, run_share, share_limits
 
 from vllm_ffa_fp8fp8.kernels import DecodePlan, decode_attention
+from vllm_ffa_fp8fp8.kernels.code_reference import encode_keys_reference
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
-from vllm_ffa_fp8fp8.kernels.reference import encode_keys_reference
 
 HALF = torch.float16
 TAU = 0.05

@@ -19,7 +19,7 @@ from vllm_ffa_fp8fp8.bench.rounding import (
     SCORE_ROUNDING,
 )
 from vllm_ffa_fp8fp8.config import FFAConfig
-from vllm_ffa_fp8fp8.kernels.reference import (
+from vllm_ffa_fp8fp8.kernels.cache_reference import (
     join_key_reference,
     join_value_reference,
     round_value_reference,

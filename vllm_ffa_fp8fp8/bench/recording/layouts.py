@@ -8,7 +8,7 @@ import torch
 from vllm_ffa_fp8fp8.bench.recording.store import RecordedRequest
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
-from vllm_ffa_fp8fp8.kernels.reference import gather_kv_reference, write_kv_reference
+from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference, write_kv_reference
 
 FIRST_TOKENS = 64
 """Of a context that is cut: these stay, among them what models use as a sink."""
