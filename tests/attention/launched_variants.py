@@ -41,12 +41,13 @@ class Engine:
     norm: bool = False
     bias: bool = False
     batch_invariant: bool = False
+    logits_soft_cap: float | None = None
 
 
 ENGINES = (
     Engine({"delta": 10}),
     Engine({"delta": None}, fused_path=None),
-    Engine({"tau": 0.03, "dense_layers": [0]}, fused_path=None),
+    Engine({"tau": 0.03, "dense_layers": [0]}, fused_path=None, logits_soft_cap=50.0),
     Engine(
         {"delta": 10, "dense_layers": [0], "record_skip_ratio": True},
         num_drafts=4,
@@ -81,7 +82,7 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
         head_size=HEAD_SIZE,
         scale=0.125,
         sinks=None,
-        logits_soft_cap=None,
+        logits_soft_cap=engine.logits_soft_cap,
         layer_index=0,
         config=options,
         vllm_config=config,

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from recordings import LENGTHS, SHAPE, header, requests, write_recording
 from vllm_ffa_fp8fp8.bench.recording.engine import check_disk, choose_layers, layer_bytes, passes_of
 from vllm_ffa_fp8fp8.bench.recording.prompts import cut_prompts, read_prompts
 from vllm_ffa_fp8fp8.bench.recording.store import INDEX, Recording
+from vllm_ffa_fp8fp8.bench.recording.worker import problem_of
 
 
 def test_a_recording_comes_back_as_it_was(tmp_path):
@@ -187,3 +189,13 @@ def test_bad_prompts_are_named(tmp_path, name, data, says):
         path.write_bytes(data)
     with pytest.raises(ValueError, match=says):
         read_prompts([path])
+
+
+@pytest.mark.parametrize("other", [{"logits_soft_cap": 50.0}, {"sinks": torch.zeros(8)}], ids=str)
+def test_what_bench_layers_would_leave_out_is_not_recorded(other):
+    layer = {"num_heads": 8, "num_kv_heads": 2, "sliding_window": None, "attn_type": "decoder"}
+    layer["kv_sharing_target_layer_name"] = None
+    plain = {"logits_soft_cap": 0, "sinks": None}
+    assert problem_of(SimpleNamespace(**layer, impl=SimpleNamespace(**plain))) is None
+    problem = problem_of(SimpleNamespace(**layer, impl=SimpleNamespace(**plain | other)))
+    assert problem == "a soft cap of logits and sinks are not recorded"

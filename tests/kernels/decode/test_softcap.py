@@ -1,6 +1,8 @@
 """A soft cap of scores: in what is attended to, in what is skipped, and in what blocks weigh."""
 
+import dataclasses
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ CASES = [
     Case((300, 1, 63), head_size=64, group=8, num_kv_heads=1, block_size=16, key_scale=3.0),
     Case((190,), 256, group=1, dtype=torch.float16, block_size=16, query_len=3),
 ]
+OF_CODES = dataclasses.replace(CASES[0], key_code=True)
 LOG2_E = math.log2(math.e)
 SATURATED = Case((200,), head_size=64, group=2, num_kv_heads=1, block_size=16)
 
@@ -71,8 +74,7 @@ def test_oracle_is_a_softmax_of_capped_scores():
     assert (exact[0] - scores.softmax(-1) @ value).abs().max() < 1e-3  # keys are rounded
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("tau", [0.0, 0.3])
+@pytest.mark.parametrize("case, tau", [*product(CASES, [0.0, 0.3]), (OF_CODES, 0.3)], ids=str)
 def test_share(device, case, tau):
     """Weights of blocks that are drawn are above the cap."""
     batch, limits = make_batch(case), share_limits(case)

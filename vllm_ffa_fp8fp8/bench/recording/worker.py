@@ -90,7 +90,7 @@ class RecordingExtension:
                 if not isinstance(module, Attention):
                     continue
                 index = extract_layer_index(module.layer_name)
-                found[index] = {"problem": _problem(module)}
+                found[index] = {"problem": problem_of(module)}
                 if found[index]["problem"] is None:
                     linear = (m for m in parent.children() if isinstance(m, LinearBase))
                     projection = next(linear, None)
@@ -132,7 +132,7 @@ class RecordingExtension:
             hook.remove()
 
 
-def _problem(attention: Attention) -> str | None:
+def problem_of(attention: Attention) -> str | None:
     """Why a layer's attention is not what FFA_FP8FP8 runs, or None."""
     impl = attention.impl
     if getattr(impl, "logits_soft_cap", None) or getattr(impl, "sinks", None) is not None:
