@@ -77,7 +77,7 @@ def test_a_scan_of_codes_reads_as_much_and_answers_alike(share_run):
         assert 0 < counts["drawn_blocks"]
         kept = counts["kept_blocks"] / counts["total_blocks"]
         assert kept == pytest.approx(of_base["kept_blocks"] / of_base["total_blocks"], rel=0.1)
-    assert "FFA_FP8FP8 scans keys of 4 bits, which take 36 of 293 bytes" in run.log
+    assert "FFA_FP8FP8 scans keys of 4 bits, which take 72 of 585 bytes" in run.log
 
 
 def test_the_log_names_rule_and_value(share_run):

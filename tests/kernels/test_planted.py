@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.bench.planted import SCORES, make_planted
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
 from vllm_ffa_fp8fp8.kernels.cache_reference import write_kv_reference
+from vllm_ffa_fp8fp8.kernels.code_reference import encode_keys_reference
 from vllm_ffa_fp8fp8.kernels.reference import decode_attention_reference
 from vllm_ffa_fp8fp8.option_values import RULES
 
@@ -38,14 +39,18 @@ def mass(scores):
     return torch.softmax(scores * math.log(2), dim=-1)
 
 
-def write_cache(inputs, value_dtype="auto", residual=True):
+def write_cache(inputs, value_dtype="auto", residual=True, key_code=False):
     num_pages, page_size, num_kv_heads, head_size = inputs.key.shape
     fp8_value = value_dtype == "fp8"
-    layout = PageLayout(head_size, inputs.key.dtype, residual=residual, fp8_value=fp8_value)
+    layout = PageLayout(
+        head_size, inputs.key.dtype, residual=residual, fp8_value=fp8_value, key_code=key_code
+    )
     size = (num_pages, num_kv_heads, page_size, layout.bytes_per_token)
     planes = layout.split(torch.empty(size, dtype=torch.uint8))
     slots = torch.arange(num_pages * page_size)
     write_kv_reference(inputs.key.flatten(0, 1), inputs.value.flatten(0, 1), planes, slots)
+    for row, length in zip(inputs.block_table, inputs.seq_lens.tolist(), strict=True):
+        encode_keys_reference(planes, row, 0, length)
     return planes
 
 
@@ -129,6 +134,9 @@ def test_settings_of_cells_are_read_again():
     assert cell.config == FFAConfig(**options)
     assert cell.setting == describe(cell.config) and cell.value_dtype == "fp8"
     assert cell.floor_bytes(0.5) == cell.shape.elements * 1.5
+    (coded,) = planted_cells({"rule": "share", "tau": 0.1, "scan": "int4"})
+    assert coded.config.scans_codes
+    assert coded.floor_bytes(0.5) == coded.shape.elements * (0.5625 + 2)
     (plain,) = planted_cells({"rule": "threshold", "delta": 5.0, "min_context": 7})
     assert plain.setting == "delta=5.0" and plain.config.delta == 5.0
     for tau in (0.03, None):
@@ -149,10 +157,17 @@ def measured_here(monkeypatch):
 @pytest.mark.slow
 def test_what_a_setting_costs_is_measured(measured_here):
     threshold = {"rule": "threshold", "block_size": 16}
-    limits = threshold | {"delta": None}, threshold | {"delta": 5.0}, {"rule": "share", "tau": 0.1}
-    dense, pruned, drawn = measured_here(planted_cells(*limits)).values()
+    share = {"rule": "share", "tau": 0.1}
+    limits = (
+        threshold | {"delta": None},
+        threshold | {"delta": 5.0},
+        share,
+        share | {"scan": "int4"},
+    )
+    dense, pruned, drawn, coded = measured_here(planted_cells(*limits)).values()
     assert dense.kept == 1.0 and dense.exact_error < 1e-3
-    for figure in (pruned, drawn):
+    assert coded.floor_us < drawn.floor_us and coded.kept == pytest.approx(drawn.kept, rel=0.1)
+    for figure in (pruned, drawn, coded):
         assert figure.kept < 0.5 and figure.error < 1e-3 < figure.exact_error < 0.5
     assert dense.us == 7.0 and dense.code == "code"
 

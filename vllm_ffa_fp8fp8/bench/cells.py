@@ -16,6 +16,8 @@ FIXED = PEERS | {BASE_READ: 1}
 """Series that are timed once a shape: peers, and the bare read of our base."""
 VALUE_BYTES = {"auto": 2, "fp8": 1}
 """Bytes of an element of V by its dtype: the model's 16-bit one, or E4M3."""
+CODE_BYTES = 0.5 + 4 / 64
+"""Bytes of an element of K in 4 bits, with its part of the step and offset of 64 tokens."""
 SPREAD, NEWEST, UNEVEN = "spread", "newest", "uneven"
 HOT = (SPREAD, NEWEST, UNEVEN)
 """Where hot blocks are planted: anywhere; one after another at the end of the context; or anywhere,
@@ -100,9 +102,11 @@ class Shape:
         """Elements of K in the cache, as many as of V."""
         return self.tokens * self.geometry.num_kv_heads * self.geometry.head_size
 
-    def floor_bytes(self, kept: float, value_bytes: int = 2) -> float:
-        """The least to read: base of all blocks; residual and V of the kept ones."""
-        return self.elements * (1 + (1 + value_bytes) * kept)
+    def floor_bytes(self, kept: float, value_bytes: int = 2, scan_bytes: float = 1) -> float:
+        """The least to read: what is scanned, of all blocks; residual and V of the kept ones, and
+        their base where that is not what was scanned."""
+        kept_bytes = 1 + value_bytes + (scan_bytes != 1)
+        return self.elements * (scan_bytes + kept_bytes * kept)
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.seq_len:,}"
@@ -159,7 +163,8 @@ class Cell:
         if self.series in FIXED:
             return self.shape.elements * FIXED[self.series]
         kept_bytes = VALUE_BYTES[self.value_dtype] - (not self.config.use_fp8_residual)
-        return self.shape.floor_bytes(kept, kept_bytes)
+        scan_bytes = CODE_BYTES if self.config.scans_codes else 1
+        return self.shape.floor_bytes(kept, kept_bytes, scan_bytes)
 
 
 NOT_OF_DECODE = (

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 
 from vllm_ffa_fp8fp8.bench.cells import NEWEST, SPREAD, UNEVEN, Shape
+from vllm_ffa_fp8fp8.kernels.cache.key_codes import encode_keys
 from vllm_ffa_fp8fp8.kernels.cache.kv_write import write_kv
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import KVPlanes, PageLayout
 
@@ -96,12 +97,16 @@ def make_inputs(
     return Inputs(query, key, value, block_table, seq_lens, int(blocks.sum()))
 
 
-def write_cache(inputs: Inputs, value_dtype: str, residual: bool = True) -> KVPlanes:
-    """The keys and values in our cache, V in `value_dtype`: auto or fp8."""
+def write_cache(
+    inputs: Inputs, value_dtype: str, residual: bool = True, key_code: bool = False
+) -> KVPlanes:
+    """The keys and values in our cache, V in `value_dtype`: auto or fp8; with `key_code` keys in 4
+    bits, too."""
     num_pages, page_size, num_kv_heads, head_size = inputs.key.shape
     layout = PageLayout(
-        head_size, inputs.key.dtype, residual=residual, fp8_value=value_dtype == "fp8"
-    )
+        head_size, inputs.key.dtype, residual=residual, fp8_value=value_dtype == "fp8",
+        key_code=key_code,
+    )  # fmt: skip
     device = inputs.key.device
     cache = torch.empty(
         (num_pages, num_kv_heads, page_size, layout.bytes_per_token),
@@ -115,4 +120,7 @@ def write_cache(inputs: Inputs, value_dtype: str, residual: bool = True) -> KVPl
             inputs.key.flatten(0, 1)[tokens], inputs.value.flatten(0, 1)[tokens], planes,
             slots[tokens],
         )  # fmt: skip
+    num_reqs, seq_len = len(inputs.seq_lens), int(inputs.seq_lens.max())
+    lengths = torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * seq_len
+    encode_keys(planes, inputs.block_table, lengths, lengths, seq_len, behind=0)
     return planes

@@ -153,7 +153,10 @@ def measure_planted(
             us, exact_error = time_peer(shape, sets, cell.series, exact=exact)
         else:
             config = cell.config
-            planes = [write_cache(s, config.v_cache_dtype, config.use_fp8_residual) for s in sets]
+            planes = [
+                write_cache(s, config.v_cache_dtype, config.use_fp8_residual, config.scans_codes)
+                for s in sets
+            ]
             dtype = planes[0].value.dtype
             decoder = Decoder(shape, config.prunes, {}, device, value_dtype=dtype, config=config)
             if not cell.setting:

@@ -41,8 +41,8 @@ SHORTEST = 512
 TUNING_FIELDS = (
     "programs_per_processor", "dense_programs_per_processor", "waves", "item_tokens",
     "share_item_tokens", "dense_item_tokens", "min_blocks", "item_overhead", "chunk_blocks",
-    "scan_tokens", "scan_stages", "attend_stages", "share_stages", "dense_stages", "merge_rows",
-    "num_warps", "max_registers", "score_bytes",
+    "scan_tokens", "scan_stages", "attend_stages", "share_stages", "dense_stages", "code_runs",
+    "code_stages", "merge_rows", "num_warps", "max_registers", "score_bytes",
 )  # fmt: skip
 """Of `DecodeTuning`, which help cannot ask: it needs Triton."""
 
@@ -202,6 +202,8 @@ def planted_cells(
     sizes = {config.block_size for config in configs} - {None}
     if bad := [size for size in sizes if size > options.page_size]:
         raise ValueError(f"blocks of {bad[0]} tokens need pages of as many: --page-size {bad[0]}")
+    if options.page_size % 64 and any(config.scans_codes for config in configs):
+        raise ValueError("scan: int4 needs pages of a multiple of 64 tokens: --page-size 64")
     if too_short := [shape for shape in shapes if shape.seq_len < SHORTEST]:
         raise ValueError(f"{too_short[0]} is too short to plant scores in: {SHORTEST} tokens")
     return plan_planted(shapes, options.planted, configs, options.kept or (), value_dtypes, peers)
