@@ -40,10 +40,12 @@ MEANINGS = {
     "dense_layers": ("layers that are not pruned; negative indices count from the end"),
     "min_context": ("requests with fewer tokens are not pruned"),
     "min_request_delta": (
-        "the smallest `delta` that a request may choose: "
-        '`SamplingParams(extra_args={"ffa_delta": 6.0})`, `"vllm_xargs": {"ffa_delta": 6.0}`'
+        "by threshold, the smallest `delta` that a request may choose, with `ffa_delta`"
     ),
-    "max_request_tau": ("by share, the largest `tau` that a request may choose, with `ffa_tau`"),
+    "max_request_tau": (
+        "by share, the largest `tau` that a request may choose: "
+        '`SamplingParams(extra_args={"ffa_tau": 0.006})`, `"vllm_xargs": {"ffa_tau": 0.006}`'
+    ),
     "record_skip_ratio": ("count kept and all blocks on the device"),
     "metrics": ("count them and show them at `/metrics` and in vLLM's log (`docs/metrics.md`)"),
     "fused_kproj": (
