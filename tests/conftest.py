@@ -15,6 +15,8 @@ def has_gpu() -> bool:
 
 if not has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # tensors are small, and threads that wait for others of their operation spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

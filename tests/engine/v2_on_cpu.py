@@ -18,6 +18,11 @@ from triton.backends import backends
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+import quick_interpreter  # noqa: E402
+
+quick_interpreter.install(SimpleNamespace(setattr=setattr))  # for as long as the process runs
+
 if __name__ == "__main__":
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
