@@ -20,7 +20,7 @@ from vllm_ffa_fp8fp8.kernels.decode.limits import DecodeLimits
 from vllm_ffa_fp8fp8.kernels.reference import prefill_attention_reference
 
 HEAD_SIZE = 16
-MAX_REQS, MAX_LEN = 8, 192
+MAX_REQS, MAX_LEN, NUM_PAGES = 8, 192, 48
 CPU = torch.device("cpu")
 
 
@@ -96,7 +96,9 @@ def make_layer(shape: Shape) -> tuple[FFAFP8FP8Impl, FFAFP8FP8MetadataBuilder]:
     layer = SimpleNamespace(impl=impl, get_attn_backend=lambda: FFAFP8FP8Backend)
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=shape.dtype, max_model_len=MAX_LEN),
-        cache_config=SimpleNamespace(block_size=shape.page_size, user_specified_block_size=True),
+        cache_config=SimpleNamespace(
+            block_size=shape.page_size, user_specified_block_size=True, num_gpu_blocks=NUM_PAGES
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQS),
         speculative_config=speculative,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),

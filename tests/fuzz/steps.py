@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from layer import CPU, HEAD_SIZE, MAX_LEN, MAX_REQS, Shape, make_layer
+from layer import CPU, HEAD_SIZE, MAX_LEN, MAX_REQS, NUM_PAGES, Shape, make_layer
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ffa_fp8fp8.kernels.cache_reference import gather_kv_reference
+from vllm_ffa_fp8fp8.kernels.code_reference import encode_keys_reference, num_coded_tokens
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
 from vllm_ffa_fp8fp8.kernels.decode.attention import dealt
 from vllm_ffa_fp8fp8.kernels.reference import (
@@ -16,7 +17,6 @@ from vllm_ffa_fp8fp8.kernels.reference import (
     prefill_attention_reference,
 )
 
-NUM_PAGES = 48
 ROUNDING = 1e-3
 """Log2 units: a request of which a block lies as near to its threshold may keep it or not."""
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -66,7 +66,7 @@ class Request:
 
 class Engine:
     """`cases`: requests that were checked in a step; `unsure`: those among them of which rounding
-    decides what is kept."""
+    decides what is kept; `coded`: tokens that were scanned by their codes."""
 
     def __init__(self, shape: Shape, seed: int):
         self.shape = shape
@@ -78,7 +78,7 @@ class Engine:
         self.planes = self.impl.planes(self.cache)
         self.users = [0] * NUM_PAGES
         self.live: list[Request] = []
-        self.cases = self.unsure = 0
+        self.cases = self.unsure = self.coded = 0
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -185,7 +185,7 @@ class Engine:
         lengths = [request.length for request, _ in batch] + [0] * padding
         starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
-        width = MAX_LEN // self.shape.page_size
+        width = -(-MAX_LEN // self.shape.page_size)
         table = torch.randint(NUM_PAGES, (len(counts), width), generator=self.generator)
         for row, (request, _) in zip(table, batch, strict=False):
             row[: len(request.pages)] = torch.tensor(request.pages)
@@ -219,6 +219,7 @@ class Engine:
         """Each decode beside the oracle, and the counters of all whose decisions are sure."""
         if not metadata.num_decodes:
             return
+        self.check_codes(metadata)
         oracles = [self.oracle(metadata, query, shift) for shift in (-ROUNDING, ROUNDING)]
         (fewer, kept, _), (more, kept_more, counters) = oracles
         starts = metadata.query_start_loc
@@ -231,6 +232,22 @@ class Engine:
             assert min(errors) <= TOLERANCE[self.shape.dtype], f"decode {request}: {errors}"
         if all(sure):
             assert self.impl.counters[:, :4].equal(counters[:, :4])
+
+    def check_codes(self, metadata) -> None:
+        """What each decode scanned are the codes of the keys that it has."""
+        if self.planes.key_code is None:
+            return
+        starts = metadata.query_start_loc
+        counts = [1] * metadata.num_decodes if starts is None else starts.diff().tolist()
+        for request, seq_len in enumerate(metadata.seq_lens.tolist()):
+            coded = num_coded_tokens(seq_len, counts[request], metadata.code_lag)
+            row = metadata.block_table[request, : -(-coded // self.planes.page_size)].long()
+            planes = self.planes.key_code, self.planes.code_range.view(torch.int16)
+            found = [plane[row].clone() for plane in planes]
+            encode_keys_reference(self.planes, row, 0, coded)
+            for before, plane in zip(found, planes, strict=True):
+                assert before.equal(plane[row]), f"codes of request {request}"
+            self.coded += coded
 
     def oracle(self, metadata, query: torch.Tensor, shift: float):
         """Output in float64, blocks kept, and counters, with limits that are so much larger: in
@@ -246,7 +263,7 @@ class Engine:
             query[: metadata.num_decode_tokens], self.planes, metadata.block_table,
             metadata.seq_lens, block_size=metadata.block_size, scale=self.impl.scale,
             query_start_loc=metadata.query_start_loc, min_context=config.min_context,
-            counters=counters, dtype=torch.float64, **limit,
+            counters=counters, code_lag=metadata.code_lag, dtype=torch.float64, **limit,
         )  # fmt: skip
         return output, kept, counters
 

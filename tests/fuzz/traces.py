@@ -14,12 +14,15 @@ SEED = int(os.environ.get("FFA_FUZZ_SEED", "0"))
 
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
 PAGES_AND_BLOCKS = [(16, 16), (32, 16), (32, 32), (64, 32), (64, 64), (48, 16)]
+OF_CODES = [(64, 16), (64, 64), (128, 32)]
 
 
 @st.composite
 def shapes(draw, limits) -> Shape:
-    page_size, block_size = draw(st.sampled_from(PAGES_AND_BLOCKS))
-    options = draw(limits) | {
+    options = draw(limits)
+    has_codes = "scan" in options
+    page_size, block_size = draw(st.sampled_from(OF_CODES if has_codes else PAGES_AND_BLOCKS))
+    options |= {
         "block_size": block_size,
         "min_context": draw(st.sampled_from([0, 40])),
         "use_fp8_residual": draw(st.sampled_from([True, True, False])),
@@ -42,10 +45,15 @@ def shapes(draw, limits) -> Shape:
 
 
 @st.composite
-def steps(draw, drafts: int, is_first: bool) -> Step:
-    arrival = st.builds(Arrival, st.integers(1, 40), st.integers(0, 2))
+def steps(draw, drafts: int, is_first: bool, has_codes: bool) -> Step:
+    tokens, grown = st.integers(1, 40), st.integers(1, 24)
+    if has_codes:  # of runs of 64 tokens: just before and behind their ends, and more at a time
+        near = st.integers(-drafts - 2, 2)
+        tokens = st.builds(lambda runs, by: 64 * runs + by, st.integers(1, 2), near)
+        grown = st.integers(1, 70)
+    arrival = st.builds(Arrival, tokens, st.integers(0, 2))
     verified = st.sampled_from([1, *range(2 + drafts)])
-    growth = st.one_of(st.just(1), verified, st.integers(1, 24))
+    growth = st.one_of(st.just(1), verified, grown)
     rows = {"min_size": MAX_REQS, "max_size": MAX_REQS}
     return Step(
         frozenset(draw(st.sets(st.integers(0, MAX_REQS), max_size=1))),
@@ -59,14 +67,15 @@ def steps(draw, drafts: int, is_first: bool) -> Step:
 @st.composite
 def traces(draw, limits) -> tuple[Shape, list[Step], int]:
     shape = draw(shapes(limits))
-    run = [draw(steps(shape.drafts, is_first=place == 0)) for place in range(6)]
+    has_codes = shape.config.scans_codes
+    run = [draw(steps(shape.drafts, place == 0, has_codes)) for place in range(6)]
     return shape, run, draw(st.integers(0, 1 << 30))
 
 
-def fuzz(limits, cases: int) -> None:
+def fuzz(limits, cases: int) -> dict[str, int]:
     """Checks at least so many requests, each in a step of an engine: a case. `limits`: a strategy
     of the options that say how much is skipped."""
-    counted = {"cases": 0, "unsure": 0, "engines": 0}
+    counted = {"cases": 0, "unsure": 0, "coded": 0, "engines": 0}
     engines = min(10, 1 + cases // 20)  # of a seed
 
     @settings(max_examples=engines, deadline=None, database=None, phases=PHASES)
@@ -79,6 +88,7 @@ def fuzz(limits, cases: int) -> None:
         counted["engines"] += 1
         counted["cases"] += engine.cases
         counted["unsure"] += engine.unsure
+        counted["coded"] += engine.coded
 
     seed = SEED
     while counted["cases"] < cases:
@@ -86,3 +96,4 @@ def fuzz(limits, cases: int) -> None:
         hypothesis.seed(seed)(check)()
         seed += 1
     print(", ".join(f"{name} {count}" for name, count in counted.items()))
+    return counted
