@@ -98,7 +98,9 @@ def test_fp8_values_recall_every_code():
         assert run.skip_ratio(batch) > 0.05
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 64, "v_cache_dtype": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 64, "v_cache_dtype": "fp8"}, {"scan": "int4"}], ids=str
+)
 def test_reading_by_share_recalls_every_code(options):
     batches = recall_batches(RECALL_LENGTHS_GPU, ASKED_GPU)
     run = run_ours(batches, ANSWER, {"tau": 0.03} | options, **GPU)
@@ -134,7 +136,9 @@ def test_drafts_change_no_token(exact_gpu_run):
     check_same_tokens(run, exact_gpu_run)
 
 
-@pytest.mark.parametrize("options", [{"preset": "balanced"}, {"delta": 10.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"preset": "balanced"}, {"delta": 10.0}, {"tau": 0.03, "scan": "int4"}], ids=str
+)
 def test_batch_invariant_answers_are_bit_equal(monkeypatch, options):
     """Alone, and among others that share its steps and cut its prompt elsewhere."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
