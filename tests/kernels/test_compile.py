@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 CACHE = Path(__file__).parents[2] / ".triton" / "cache" / triton.__version__
 KERNELS = {
     "_decode_plan_kernel", "decode_threshold_kernel", "decode_kernel", "weigh_kernel",
-    "draw_kernel", "_kv_write_kernel", "_kv_gather_kernel", "_base_read_kernel",
+    "draw_kernel", "encode_kernel", "_kv_write_kernel", "_kv_gather_kernel", "_base_read_kernel",
     "_rope_write_kernel", "_project_write_kernel",
 }  # fmt: skip
 
