@@ -1,15 +1,17 @@
 """What a server answered to a request, and whether another's answer is as right."""
 
+import asyncio
 import contextlib
 import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from soaking.server import Failure, Server
+from soaking.server import Failure, Server, serve
 from soaking.traffic import FORMS, TOP, Request
 
 PATH = "/v1/completions"
+COMPARED_AT_ONCE = 8
 
 
 @dataclass
@@ -90,6 +92,20 @@ async def gap(server: Server, request: Request, ours: Answer) -> float | None:
     (read,) = await ask(server, again)
     token, other = ours.tokens[place], theirs.tokens[place]
     return min(distance(best, token, other) for best in (theirs.best[place], read.best[0]))
+
+
+async def gaps_beside(
+    model: str, given: list[str], asked: list[tuple[Request, Answer]]
+) -> list[float | None]:
+    """`gap` of each, beside a server of the model with such options."""
+    free = asyncio.Semaphore(COMPARED_AT_ONCE)
+
+    async def gap_of(request: Request, answer: Answer) -> float | None:
+        async with free:
+            return await gap(server, request, answer)
+
+    async with serve(model, *given) as server:
+        return await asyncio.gather(*(gap_of(*pair) for pair in asked))
 
 
 def first_difference(tokens: list[int], others: list[int]) -> int | None:
