@@ -120,8 +120,8 @@ def test_steps_write_what_the_next_ones_read(device, query_len):
     """Token by token over the ends of runs, from codes as a prefill leaves them: a run's codes come
     in the step that makes its last token certain, and in no launch of their own; until the scan
     reads them they are poison, or drafts that were rejected."""
-    first, last = 64 * 5 - 3, 64 * 6 + 2 * query_len + 3
-    case = dataclasses.replace(CASE, lengths=(last,), query_len=query_len, group=2)
+    first, last = 64 * 5 - 2, 64 * 6 + query_len + 1
+    case = dataclasses.replace(CASE, lengths=(last,), query_len=query_len, group=2, num_kv_heads=1)
     batch = make_batch(case)
     planes = batch.planes(device)
     planes.key_code.fill_(-1)
@@ -136,7 +136,8 @@ def test_steps_write_what_the_next_ones_read(device, query_len):
         for name in ("key_code", "code_range"):
             getattr(planes, name).copy_(getattr(encoded, name))
     written = []
-    for length in range(first, last + 1):
+    steps = [*range(first, 64 * 5 + query_len + 2), *range(64 * 6 - 1, last + 1)]
+    for length in steps:  # between, no run ends
         step = dataclasses.replace(batch, case=dataclasses.replace(case, lengths=(length,)))
         seq_lens = torch.tensor([length], dtype=torch.int32, device=device)
         plan = DecodePlan.allocate(limits, torch.device(device)).update(seq_lens)
