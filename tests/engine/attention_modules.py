@@ -77,6 +77,7 @@ def run(attention, vllm_config, slots) -> tuple[torch.Tensor, ...]:
         seq_lens=starts[:0],
         block_table=pages[:0, None],
         block_size=16,
+        code_lag=2,
         limit=None,
         plan=None,
         prefill=prefill,
