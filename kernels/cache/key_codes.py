@@ -10,7 +10,7 @@ from ..runtime import launch
 from .page_layout import CODE_TOKENS as CODE_TOKENS_
 from .page_layout import KVPlanes
 from .paged_cache import cache_of_head, page_shape, paged_cache
-from .paged_rows import load_scales
+from .paged_rows import load_scales, token_pointers
 
 CODE_TOKENS: tl.constexpr = tl.constexpr(CODE_TOKENS_)
 INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED_)
@@ -35,8 +35,8 @@ def encode_run(cache, page, run, PAGE: tl.constexpr):
     WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
     TILE: tl.constexpr = 16  # words at a time: registers are for what runs in every step
     tokens = run * CODE_TOKENS + tl.arange(0, CODE_TOKENS)
-    key_rows = cache.key.pointer + page * cache.key.stride_page + tokens * PAGE.KEY_STRIDE
-    code_rows = cache.key_code.pointer + page * cache.key_code.stride_page + tokens * WORDS
+    key_rows = token_pointers(cache.key, page, tokens, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
+    code_rows = token_pointers(cache.key_code, page, tokens, WORDS, PAGE.PAGE_SIZE)
     range_ptr = cache.code_range.pointer + page * cache.code_range.stride_page
     range_ptr += run * (8 * WORDS)
     for begin in range(0, WORDS, TILE):
@@ -48,13 +48,14 @@ def encode_run(cache, page, run, PAGE: tl.constexpr):
             columns = (part * WORDS + words)[None, :]
             key = tl.load(key_rows[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
             if cache.key_residual.pointer is not None:
-                rows = cache.key_residual.pointer + page * cache.key_residual.stride_page
-                rows += tokens * PAGE.RESIDUAL_STRIDE
+                rows = token_pointers(
+                    cache.key_residual, page, tokens, PAGE.RESIDUAL_STRIDE, PAGE.PAGE_SIZE
+                )
                 residual = tl.load(rows[:, None] + columns, mask=mask, other=0.0)
                 key += residual.to(tl.float32) * (1.0 / PAGE.RESIDUAL_SCALE)
             if cache.key_exponent.pointer is not None:
-                rows = cache.key_exponent.pointer + page * cache.key_exponent.stride_page
-                key *= load_scales(rows + tokens, tokens >= 0)[:, None]
+                rows = token_pointers(cache.key_exponent, page, tokens, 1, PAGE.PAGE_SIZE)
+                key *= load_scales(rows, tokens >= 0)[:, None]
             low = tl.min(key, axis=0)
             step = ((tl.max(key, axis=0) - low) * (1.0 / 15.0)).to(tl.float16)
             wide_step = step.to(tl.float32)
@@ -103,7 +104,7 @@ def decode_words(words, step, offset, PART: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["block_table_stride"],
+    do_not_specialize=["block_table_stride", "behind"],
     do_not_specialize_on_alignment=["block_table_ptr", "query_start_loc_ptr", "cu_seqlens_ptr"],
 )
 def encode_kernel(
@@ -112,15 +113,15 @@ def encode_kernel(
     block_table_stride,
     query_start_loc_ptr,
     cu_seqlens_ptr,
+    behind,
     PAGE: tl.constexpr,
-    BEHIND: tl.constexpr,
 ):
     """One program: a run of a request, of a KV head."""
     request = tl.program_id(1)
     seq_len = tl.load(cu_seqlens_ptr + request + 1) - tl.load(cu_seqlens_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1)
     query_len -= tl.load(query_start_loc_ptr + request)
-    run = tl.maximum(seq_len - query_len - BEHIND, 0) // CODE_TOKENS + tl.program_id(0)
+    run = tl.maximum(seq_len - query_len - behind, 0) // CODE_TOKENS + tl.program_id(0)
     if (run + 1) * CODE_TOKENS <= seq_len:
         RUNS: tl.constexpr = PAGE.PAGE_SIZE // CODE_TOKENS
         row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
@@ -158,7 +159,7 @@ def encode_keys(
         block_table.stride(0),
         query_start_loc,
         cu_seqlens,
+        behind,
         PAGE=page_shape(planes),
-        BEHIND=behind,
         num_warps=4,
     )

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..cache.fp8_split import exponent_to_scale, scale_rows
 from ..cache.key_codes import CODE_TOKENS, decode_words, encode_run
+from ..cache.paged_cache import row_tile
 from ..cache.paged_rows import pick
 from .query import load_query
 from .share import MOST_MASS
@@ -15,7 +16,7 @@ from .soft_cap import cap_scores
 
 class CodeScan(NamedTuple):
     """How codes are read: runs of a chunk, whose places a program holds, depth of the pipeline;
-    LAG: of `DecodeLimits.code_lag`."""
+    LAG: of `code_lag`."""
 
     CHUNK_RUNS: int
     STAGES: int
@@ -79,13 +80,14 @@ def score_run(query_words, code_ptr, range_ptr, PAGE: tl.constexpr):
     WHOLE: tl.constexpr = WORDS == WORDS_PADDED
     tokens = tl.arange(0, CODE_TOKENS)
     words = tl.arange(0, WORDS_PADDED)
-    code_rows = code_ptr + tokens[:, None] * WORDS + words[None, :]
+    code_rows = code_ptr + tokens * WORDS
     range_ptr += words
     exists = words < WORDS
     if WHOLE:
-        codes = tl.load(tl.max_contiguous(tl.multiple_of(code_rows, [1, 16]), [1, 16]))
+        codes = tl.load(row_tile(code_rows, words))
     else:
-        codes = tl.load(code_rows, mask=tl.broadcast_to(exists[None, :], code_rows.shape), other=0)
+        tile = code_rows[:, None] + words[None, :]
+        codes = tl.load(tile, mask=tl.broadcast_to(exists[None, :], tile.shape), other=0)
     scores = tl.zeros([CODE_TOKENS, query_words[0].shape[1]], tl.float32)
     for part in tl.static_range(4):
         if WHOLE:

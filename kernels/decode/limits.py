@@ -30,6 +30,14 @@ def list_numbers(span, block_size, query_len):
     return span // block_size * query_len + 3 * (span // 16)
 
 
+def code_lag(query_len: int) -> int:
+    """Of a request's tokens that no later step takes back, codes of keys stand for those that end
+    so many before the last one, where requests have up to `query_len` tokens a step: it may have so
+    many more than in the step before, and one more, for another request can get hold of a page in
+    the step that completes it."""
+    return query_len + 1
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """The largest batch that a plan and its scratch are made for.
@@ -88,10 +96,7 @@ class DecodeLimits:
 
     @property
     def code_lag(self) -> int:
-        """Of a request's tokens that no later step takes back, codes of keys stand for those that
-        end so many before the last one: it may have so many more than in the step before, and one
-        more, for another request can get hold of a page in the step that completes it."""
-        return self.query_len + 1
+        return code_lag(self.query_len)
 
     @property
     def prunes(self) -> bool:

@@ -23,6 +23,7 @@ from vllm_ffa_fp8fp8.attention.limit_rows import LimitRows
 from vllm_ffa_fp8fp8.integration.refusals import OTHER_BACKEND, check_kv_cache_spec, refuse
 from vllm_ffa_fp8fp8.integration.request_limits import worker_limits
 from vllm_ffa_fp8fp8.kernels.cache.page_layout import PageLayout
+from vllm_ffa_fp8fp8.kernels.decode.limits import code_lag
 from vllm_ffa_fp8fp8.kernels.decode.plan import DecodePlan
 
 logger = init_logger(f"vllm.{__name__}")
@@ -65,7 +66,7 @@ class FFAFP8FP8Metadata(AttentionMetadata):
     seq_lens: torch.Tensor  # int32 [num_decodes], query tokens included, 0 in padding rows
     block_table: torch.Tensor  # int32 [num_decodes, max_pages]
     block_size: int
-    code_lag: int  # see `DecodeLimits.code_lag`
+    code_lag: int  # of kernels.decode.limits
     limit: torch.Tensor | None  # float32 [num_decodes], delta or tau; None: nothing is pruned
     plan: DecodePlan | None  # None on the CPU and without decodes
     prefill: PrefillBatch | None
@@ -103,7 +104,7 @@ class FFAFP8FP8MetadataBuilder(AttentionMetadataBuilder[FFAFP8FP8Metadata]):
         if impl.config.prunes:
             most = vllm_config.scheduler_config.max_num_seqs
             self.limits = LimitRows(impl.config.limit, most, device)
-        self.code_lag = decode_query_len(vllm_config) + 1
+        self.code_lag = code_lag(decode_query_len(vllm_config))
         self.plan = impl.ops.make_plan(self.block_size)
         if impl.config.metrics:
             worker_metrics.start(vllm_config, self.block_size)

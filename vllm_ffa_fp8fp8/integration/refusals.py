@@ -9,7 +9,6 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 DTYPES = ("float16", "bfloat16")
 KV_CACHE_DTYPES = (None, "auto", "float16", "bfloat16")
 PAGE_SIZE_BASE = 16
-CODE_TOKENS = 64  # of a run of 4-bit keys
 MAX_GROUP_SIZE = 16
 MIN_COMPUTE_CAPABILITY = (8, 0)
 MIN_CAPABILITY_OF_SINKS = (9, 0)  # FlashAttention 3, which prefill takes
@@ -141,6 +140,8 @@ def check_scan(options: Any, vllm_config: Any) -> None:
     """ValueError for what cannot be together with codes of keys, where `options` ask for them."""
     if not options.scans_codes:
         return
+    from vllm_ffa_fp8fp8.kernels.cache.page_layout import CODE_TOKENS
+
     cache = vllm_config.cache_config
     if cache.user_specified_block_size and cache.block_size % CODE_TOKENS:
         refuse(
