@@ -18,8 +18,10 @@ from vllm_ffa_fp8fp8.attention.impl import FFAFP8FP8Impl
 from vllm_ffa_fp8fp8.attention.metadata import FFAFP8FP8MetadataBuilder
 from vllm_ffa_fp8fp8.config import FFAConfig
 from vllm_ffa_fp8fp8.kernels import PageLayout, QKVHeads, runtime
+from vllm_ffa_fp8fp8.kernels.cache.key_codes import encode_keys
 from vllm_ffa_fp8fp8.kernels.cache.kv_gather import gather_kv
 from vllm_ffa_fp8fp8.kernels.counters import new_counters
+from vllm_ffa_fp8fp8.kernels.decode.limits import code_lag
 
 CPU = torch.device("cpu")
 HIDDEN_SIZE, HEAD_SIZE = 256, 64
@@ -59,6 +61,7 @@ ENGINES = (
     ),
     Engine({"use_fp8_residual": False, "block_size": 16}, page_size=48, num_kv_heads=1),
     Engine({"delta": 10}, batch_invariant=True),
+    Engine({"tau": 0.03, "scan": "int4"}, num_kv_heads=1, fused_path=None, num_drafts=2),
 )
 
 
@@ -67,6 +70,7 @@ def make_layer(engine: Engine) -> tuple[SimpleNamespace, SimpleNamespace]:
     speculative = SimpleNamespace(num_speculative_tokens=engine.num_drafts)
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=engine.dtype, max_model_len=LONGEST),
+        cache_config=SimpleNamespace(num_gpu_blocks=1000),
         scheduler_config=SimpleNamespace(
             max_num_seqs=MOST_REQUESTS, max_num_batched_tokens=MAX_TOKENS
         ),
@@ -185,6 +189,7 @@ def cache_steps(engine: Engine, impl, planes) -> None:
         table = cut(num_reqs, 2 + num_reqs, dtype=torch.int32)
         lengths = torch.zeros(num_reqs + 1, dtype=torch.int32)
         gather_kv(planes, table, lengths, max_seq_len, key, key)
+        encode_keys(planes, table, lengths, lengths, max_seq_len, code_lag(1 + engine.num_drafts))
 
 
 class Recorder:
