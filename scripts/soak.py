@@ -29,6 +29,8 @@ MOST_WAITING = 24
 REQUESTS_A_ROUND = 40
 """After which the server comes to rest."""
 IDLE_SECONDS = 30
+GPU_CACHE_BYTES = 2 << 30
+"""So told, vLLM profiles no memory, which others that use the GPU would disturb."""
 MAX_BATCHED_TOKENS = 512
 
 
@@ -52,6 +54,8 @@ def common_options(options: argparse.Namespace) -> list[str]:
     given += ["--max-num-batched-tokens", str(MAX_BATCHED_TOKENS), "--enable-prefix-caching"]
     given += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
     given += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    if options.gpu:
+        given += ["--kv-cache-memory-bytes", str(GPU_CACHE_BYTES)]
     return given + (["--enforce-eager"] if options.eager else [])
 
 
@@ -76,6 +80,7 @@ class Run:
     traffic: Traffic
     minutes: float
     gpu: bool
+    counts_gpu: bool
     sent: list[Request] = field(default_factory=list)
     greedy: list[tuple[Request, Answer]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -104,12 +109,15 @@ class Run:
 
     async def go(self) -> None:
         """Rounds of traffic until the time is over."""
-        self.memory.append(self.server.memory_mib())
+        self.measure()
         while self.progress < 1 and not self.has_crashed():
             await self.round()
             await self.rest()
         if not self.has_crashed():
-            self.memory.append(self.server.memory_mib())
+            self.measure()
+
+    def measure(self) -> None:
+        self.memory.append(self.server.memory_mib(self.counts_gpu))
 
     def has_crashed(self) -> bool:
         return self.server.process.poll() is not None or len(self.problems) > 20
@@ -129,7 +137,7 @@ class Run:
                 pauses_at = last
                 await self.sleep_and_wake(0, "keep")
             if len(self.memory) < 4 and self.progress >= len(self.memory) / 4:
-                self.memory.append(self.server.memory_mib())
+                self.measure()
         await asyncio.gather(*tasks)
 
     async def rest(self) -> None:
@@ -186,7 +194,7 @@ async def send_traffic(options: argparse.Namespace, drafts: int) -> tuple[Run, d
     given = common_options(options) + server_options(options, drafts)
     async with serve(options.model, *given) as server:
         minutes = options.minutes / len(options.drafts)
-        run = Run(server, traffic, minutes, options.gpu)
+        run = Run(server, traffic, minutes, options.gpu, options.gpu and not options.shared_gpu)
         await run.go()
         if run.has_crashed():
             raise Failure("\n".join([*run.problems, server.end_of_log()]))
@@ -228,8 +236,9 @@ def rows(run: Run, drafts: int) -> dict[str, Any]:
 async def compare(options: argparse.Namespace, runs: list[Run]) -> list[dict[str, Any]]:
     """The same greedy requests to the default backend, which has room: rows for each run. Where it
     finds a token too unlikely, its rounding may be why: then it is asked in float32."""
-    room = 4 * options.max_model_len // 128
-    given = [*common_options(options), "--num-gpu-blocks-override", str(max(64, room))]
+    given = common_options(options)
+    if not options.gpu:  # where pages have 128 tokens
+        given += ["--num-gpu-blocks-override", str(max(64, 4 * options.max_model_len // 128))]
     asked = [pair for run in runs for pair in run.greedy]
     gaps = await gaps_beside(options.model, given, asked)
     if suspects := [place for place, gap in enumerate(gaps) if (gap or 0) > options.near_tie]:
@@ -293,6 +302,9 @@ def main() -> int:
     parser.add_argument("--options", type=json.loads, default=EXACT, help="of FFA_FP8FP8, JSON")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and graphs")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
+    parser.add_argument(
+        "--shared-gpu", action="store_true", help="others use the GPU: do not judge its memory"
+    )
     parser.add_argument("--near-tie", type=float, default=NEAR_TIE)
     parser.add_argument("--json", type=Path, help="writes the table to this file")
     options = parser.parse_args()

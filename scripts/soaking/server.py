@@ -66,11 +66,11 @@ class Server:
         wanted = {f"vllm:{name}" for name in names}
         return int(sum(sample.value for sample in samples if sample.name in wanted))
 
-    def memory_mib(self) -> int:
-        """Of the processes of the engine, and of their GPUs."""
+    def memory_mib(self, counts_gpu: bool) -> int:
+        """Of the processes of the engine, and what is taken of the GPUs, by others too."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         total = sum(child.memory_info().rss for child in children if is_engine(child))
-        return (total + gpu_memory()) >> 20
+        return (total + (gpu_memory() if counts_gpu else 0)) >> 20
 
     def end_of_log(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -103,8 +103,6 @@ def is_engine(process: psutil.Process) -> bool:
 
 def gpu_memory() -> int:
     """Bytes that are taken of all GPUs."""
-    if not Path("/dev/nvidiactl").exists():
-        return 0
     from vllm.third_party import pynvml
 
     pynvml.nvmlInit()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from jobs import GPU
 from processes import MODEL
 from prompts import source_tokens, tokenizer
 
@@ -16,7 +17,8 @@ def test_settings_are_told_apart(tmp_path):
     text.write_text(tokenizer().decode(source_tokens()[:9000]))
     arguments = ["--text", text, "--tokens", 8000, "--last", 64, "--floor", "--json", file]
     arguments += ["--preset", "exact", "balanced", "--delta", 10, 0]
-    arguments += ["--engine-args", "gpu_memory_utilization=0.15"]
+    limits = {name: GPU[name] for name in ("gpu_memory_utilization", "kv_cache_memory_bytes")}
+    arguments += ["--engine-args", *(f"{name}={limit}" for name, limit in limits.items())]
     assert cli.main(["quality", "--model", str(MODEL), *map(str, arguments)]) == 0
     default, floor, fp8_cache, *ours = json.loads(file.read_text())["settings"]
     exact, balanced, careful, careless = ours

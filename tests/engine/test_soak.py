@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import GPU
 from processes import MODEL, environment
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -119,6 +120,7 @@ def test_two_minutes_of_traffic_on_a_gpu(tmp_path, drafts):
     file = tmp_path / "table.json"
     command = [sys.executable, SCRIPTS / "soak.py", "--model", MODEL, "--json", file]
     command += ["--minutes", "2", "--max-model-len", "20000", "--drafts", drafts]
+    command += ["--shared-gpu", "--gpu-memory-utilization", str(GPU["gpu_memory_utilization"])]
     process = subprocess.run(command, env=environment(), capture_output=True, text=True)
     print(process.stdout[-6000:])
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]

@@ -12,6 +12,7 @@ from vllm_ffa_fp8fp8.kernels.share_reference import choose_blocks_reference
 TAU = 0.05
 BLOCK, LENGTH, ROWS = 16, 1030, 2
 NUM_HASHES = 4096  # 64 layers of 64 KV heads
+NUM_LAUNCHES = 256
 
 
 def inputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,12 +115,12 @@ CASE = Case((1030,), group=3, num_kv_heads=2, block_size=16, dtype=torch.float16
 
 def test_programs_add_up_what_they_drew(device):
     """What each hands to the merge is the oracle's, numerator and denominator; of another layer it
-    is not. On a GPU over all hashes: without bias."""
+    is not. On a GPU over the hashes of so many layers: without bias."""
     batch = make_batch(CASE)
     limits = share_limits(CASE)
-    num_hashes = NUM_HASHES if device == "cuda" else 2
+    num_launches = NUM_LAUNCHES if device == "cuda" else 2
     found = []
-    for layer in range(num_hashes):
+    for layer in range(num_launches):
         run = run_share(batch, device, limits, TAU, layer=layer)
         denominators = run.lse.double().exp2()
         found.append((run.partial.double() * denominators[..., None], denominators))
