@@ -10,7 +10,7 @@ def codes_of_keys_reference(
     key: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, 0 to 15, of runs of keys, float32 `[..., CODE_TOKENS, head_size]`, and each channel's
-    step and offset, float16 `[..., head_size]`: see `encode_run`."""
+    step and offset, float16 `[..., head_size]`: see `encode_words`."""
     low, high = key.amin(-2), key.amax(-2)
     step = ((high - low) * (1.0 / 15.0)).half()
     offset = (low - 16.0 * step.float()).half()

@@ -16,11 +16,14 @@ CODE_TOKENS: tl.constexpr = tl.constexpr(CODE_TOKENS_)
 INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED_)
 LARGEST: tl.constexpr = tl.constexpr(65504.0)
 """Of float16."""
+ENCODED_WORDS: tl.constexpr = tl.constexpr(8)
+"""Words of each key that are encoded at a time."""
 
 
 @triton.jit
-def encode_run(cache, page, run, PAGE: tl.constexpr):
-    """Writes the codes of run `run` of `page`, int64, from its base and residual.
+def encode_words(cache, page, run, first_word, PAGE: tl.constexpr):
+    """Writes codes of run `run` of `page`, int64, from its base and residual: ENCODED_WORDS words of
+    each key, from `first_word` on.
 
     For each channel of the run's CODE_TOKENS keys, `step` is a 15th of their spread and `offset`
     their least minus 16 steps, both float16; a code is the nearest of 0 to 15, and stands for
@@ -33,45 +36,43 @@ def encode_run(cache, page, run, PAGE: tl.constexpr):
     `cache_of_head`.
     """
     WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
-    TILE: tl.constexpr = 16  # words at a time: registers are for what runs in every step
     tokens = run * CODE_TOKENS + tl.arange(0, CODE_TOKENS)
-    key_rows = token_pointers(cache.key, page, tokens, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
-    code_rows = token_pointers(cache.key_code, page, tokens, WORDS, PAGE.PAGE_SIZE)
+    words = first_word + tl.arange(0, ENCODED_WORDS)
+    exists = words < WORDS
+    mask = tl.broadcast_to(exists[None, :], (CODE_TOKENS, ENCODED_WORDS))
     range_ptr = cache.code_range.pointer + page * cache.code_range.stride_page
-    range_ptr += run * (8 * WORDS)
-    for begin in range(0, WORDS, TILE):
-        words = begin + tl.arange(0, TILE)
-        exists = words < WORDS
-        packed = tl.zeros([CODE_TOKENS, TILE], tl.int32)
-        mask = tl.broadcast_to(exists[None, :], packed.shape)
-        for part in range(0, 4):
-            columns = (part * WORDS + words)[None, :]
-            key = tl.load(key_rows[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
-            if cache.key_residual.pointer is not None:
-                rows = token_pointers(
-                    cache.key_residual, page, tokens, PAGE.RESIDUAL_STRIDE, PAGE.PAGE_SIZE
-                )
-                residual = tl.load(rows[:, None] + columns, mask=mask, other=0.0)
-                key += residual.to(tl.float32) * (1.0 / PAGE.RESIDUAL_SCALE)
-            if cache.key_exponent.pointer is not None:
-                rows = token_pointers(cache.key_exponent, page, tokens, 1, PAGE.PAGE_SIZE)
-                key *= load_scales(rows, tokens >= 0)[:, None]
-            low = tl.min(key, axis=0)
-            step = ((tl.max(key, axis=0) - low) * (1.0 / 15.0)).to(tl.float16)
-            wide_step = step.to(tl.float32)
-            offset = (low - 16.0 * wide_step).to(tl.float16)
-            wide_offset = offset.to(tl.float32)
-            is_held = tl.min((tl.abs(key) <= LARGEST).to(tl.int32), axis=0) > 0  # NaN is not
-            is_held = is_held & (tl.abs(wide_offset) <= LARGEST)
-            inverse = 1.0 / tl.where(wide_step > 0.0, wide_step, float("inf"))
-            code = tl.fma(key - wide_offset[None, :], inverse[None, :], -15.5)
-            code = tl.minimum(tl.maximum(tl.floor(code), 0.0), 15.0)
-            code = tl.where(is_held[None, :], code, 0.0)
-            packed |= code.to(tl.int32) << (4 * part)
-            tl.store(range_ptr + part * WORDS + words, step, mask=exists)
-            offset = tl.where(is_held, offset, float("nan")).to(tl.float16)
-            tl.store(range_ptr + (4 + part) * WORDS + words, offset, mask=exists)
-        tl.store(code_rows[:, None] + words[None, :], packed.to(tl.int16), mask=mask)
+    range_ptr += run * (8 * WORDS) + words
+    packed = tl.zeros([CODE_TOKENS, ENCODED_WORDS], tl.int32)
+    for part in tl.static_range(4):
+        columns = (part * WORDS + words)[None, :]
+        rows = token_pointers(cache.key, page, tokens, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
+        key = tl.load(rows[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+        if cache.key_residual.pointer is not None:
+            rows = token_pointers(
+                cache.key_residual, page, tokens, PAGE.RESIDUAL_STRIDE, PAGE.PAGE_SIZE
+            )
+            residual = tl.load(rows[:, None] + columns, mask=mask, other=0.0)
+            key += residual.to(tl.float32) * (1.0 / PAGE.RESIDUAL_SCALE)
+        if cache.key_exponent.pointer is not None:
+            rows = token_pointers(cache.key_exponent, page, tokens, 1, PAGE.PAGE_SIZE)
+            key *= load_scales(rows, tokens >= 0)[:, None]
+        low = tl.min(key, axis=0)
+        step = ((tl.max(key, axis=0) - low) * (1.0 / 15.0)).to(tl.float16)
+        wide_step = step.to(tl.float32)
+        offset = (low - 16.0 * wide_step).to(tl.float16)
+        wide_offset = offset.to(tl.float32)
+        is_held = tl.min((tl.abs(key) <= LARGEST).to(tl.int32), axis=0) > 0  # NaN is not
+        is_held = is_held & (tl.abs(wide_offset) <= LARGEST)
+        inverse = 1.0 / tl.where(wide_step > 0.0, wide_step, float("inf"))
+        code = tl.fma(key - wide_offset[None, :], inverse[None, :], -15.5)
+        code = tl.minimum(tl.maximum(tl.floor(code), 0.0), 15.0)
+        code = tl.where(is_held[None, :], code, 0.0)
+        packed |= code.to(tl.int32) << (4 * part)
+        tl.store(range_ptr + part * WORDS, step, mask=exists)
+        offset = tl.where(is_held, offset, float("nan")).to(tl.float16)
+        tl.store(range_ptr + (4 + part) * WORDS, offset, mask=exists)
+    rows = token_pointers(cache.key_code, page, tokens, WORDS, PAGE.PAGE_SIZE)
+    tl.store(rows[:, None] + words[None, :], packed.to(tl.int16), mask=mask)
 
 
 @triton.constexpr_function
@@ -88,7 +89,7 @@ def widening(part):
 
 @triton.jit
 def decode_words(words, step, offset, PART: tl.constexpr):
-    """The keys, float16, that codes PART of `words`, int16, stand for; see `encode_run`."""
+    """The keys, float16, that codes PART of `words`, int16, stand for; see `encode_words`."""
     if INTERPRETED:
         code = (words.to(tl.int32) >> (4 * PART) & 15).to(tl.float32)
         key = (16.0 + code) * step.to(tl.float32) + offset.to(tl.float32)
@@ -127,7 +128,8 @@ def encode_kernel(
         row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
         page = tl.load(row_ptr + run // RUNS).to(tl.int64)
         cache = cache_of_head(cache, tl.program_id(2).to(tl.int64))
-        encode_run(cache, page, run % RUNS, PAGE)
+        for first_word in range(0, PAGE.HEAD_SIZE // 4, ENCODED_WORDS):
+            encode_words(cache, page, run % RUNS, first_word, PAGE)
 
 
 def encode_keys(

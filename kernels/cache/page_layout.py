@@ -24,7 +24,7 @@ class KVPlanes(NamedTuple):
     memory of a page may end with its last token in use.
 
     `key_code`, int16 of width head_size / 4, and `code_range`, float16 `[num_blocks, num_kv_heads,
-    page_size / CODE_TOKENS, 2 * head_size]`, hold keys as the scan reads them: see `encode_run`.
+    page_size / CODE_TOKENS, 2 * head_size]`, hold keys as the scan reads them: see `encode_words`.
     """
 
     key: torch.Tensor

@@ -10,7 +10,7 @@ from ..cache.paged_cache import page_shape, paged_cache
 from ..cache.paged_rows import block_shape
 from ..counters import COUNTERS
 from ..runtime import compute_dtype, launch, pdl_arguments
-from .code_scan import CodeScan
+from .code_scan import ENCODERS, CodeScan
 from .kernel import KernelTuning, decode_kernel
 from .limits import DecodeLimits
 from .plan import DecodePlan, DecodeScratch
@@ -177,14 +177,21 @@ def decode_attention(
         "SPAN": block_shape(limits.span, planes.page_size),
         "BLOCK": block_shape(limits.block_size, planes.page_size),
     }
-    codes, weigh_tuning = None, tunings["TUNING"]
+    codes, weigh_tunings, num_weighing = None, tunings, plan.num_items
     if planes.key_code is not None:
-        codes = CodeScan(tuning.code_runs, tuning.code_stages, limits.code_lag)
+        codes = CodeScan(tuning.code_runs, tuning.code_stages, limits.code_lag, ENCODERS)
         # the newest tokens alone
-        weigh_tuning = weigh_tuning._replace(CHUNK_BLOCKS=2, TILE_BLOCKS=1, SCAN_STAGES=2)
+        newest = tunings["TUNING"]._replace(CHUNK_BLOCKS=2, TILE_BLOCKS=1, SCAN_STAGES=2)
+        weigh_tunings = {
+            "TUNING": newest,
+            "num_warps": tuning.code_warps * (2 if rows > 32 else 1),
+            "maxnreg": tuning.code_registers if rows <= 16 else 255,
+        }
+        num_weighing = ENCODERS + num_weighing * newest.WEIGH_PARTS
+    weigh_grid = (num_kv_heads, num_weighing)
     launch(
-        weigh_kernel, grid, scratch, plan.work, plan.mass_places, CODES=codes,
-        **pdl, **tunings | {"TUNING": weigh_tuning}, **common,
+        weigh_kernel, weigh_grid, scratch, plan.work, plan.mass_places, seq_lens, num_reqs,
+        CODES=codes, **pdl, **weigh_tunings, **common,
     )
     launch(
         draw_kernel, grid, head_rows(output), scratch, plan.work, plan.mass_places, plan.arrivals,
@@ -243,4 +250,5 @@ def _kernel_tuning(
         attend_stages if rows <= 32 else min(attend_stages, 3),
         rows,
         max(1, merge_rows // max(1, rows // num_warps)),
+        tuning.code_parts if planes.key_code is not None else 1,
     )

@@ -6,21 +6,26 @@ import triton
 import triton.language as tl
 
 from ..cache.fp8_split import exponent_to_scale, scale_rows
-from ..cache.key_codes import CODE_TOKENS, decode_words, encode_run
+from ..cache.key_codes import CODE_TOKENS, ENCODED_WORDS, decode_words, encode_words
 from ..cache.paged_cache import row_tile
 from ..cache.paged_rows import pick
-from .query import load_query
+from .query import load_query, query_span
 from .share import MOST_MASS
 from .soft_cap import cap_scores
 
 
+ENCODERS = 16
+"""Programs of a KV head that write codes, while others read."""
+
+
 class CodeScan(NamedTuple):
     """How codes are read: runs of a chunk, whose places a program holds, depth of the pipeline;
-    LAG: of `code_lag`."""
+    LAG: of `code_lag`; ENCODERS: programs of a KV head that write codes."""
 
     CHUNK_RUNS: int
     STAGES: int
     LAG: int
+    ENCODERS: int
 
 
 @triton.jit
@@ -30,17 +35,30 @@ def num_coded_runs(seen_by_all, LAG: tl.constexpr):
 
 
 @triton.jit
-def encode_new_run(
-    block_table_row_ptr, seen_by_all, index, num_items, cache, PAGE: tl.constexpr,
-    LAG: tl.constexpr,
+def encode_new_runs(
+    encoder, block_table_ptr, block_table_stride, seq_lens_ptr, num_reqs, query_start_loc_ptr,
+    cache, PAGE: tl.constexpr, QUERY: tl.constexpr, CODES: tl.constexpr,
 ):
-    """Writes the codes of the run that became complete in the last LAG steps, if there is one and
-    it is of item `index`. `seen_by_all`: the request's tokens that no later step takes back."""
+    """Writes the codes of the runs that became complete in the last LAG steps, one a request at
+    most. Of ENCODERS programs some share a run, the others take other requests."""
     RUNS: tl.constexpr = PAGE.PAGE_SIZE // CODE_TOKENS
-    run = seen_by_all // CODE_TOKENS - 1
-    if (run >= num_coded_runs(seen_by_all, LAG)) & (run % num_items == index):
-        page = tl.load(block_table_row_ptr + run // RUNS).to(tl.int64)
-        encode_run(cache, page, run % RUNS, PAGE)
+    WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
+    SHARING: tl.constexpr = min(
+        (WORDS + ENCODED_WORDS - 1) // ENCODED_WORDS, CODES.ENCODERS
+    )
+    for begin in range(0, num_reqs, CODES.ENCODERS // SHARING):
+        request = begin + encoder // SHARING
+        if request < num_reqs:
+            _, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)
+            # the tokens that no later step takes back
+            certain = tl.load(seq_lens_ptr + request) - query_len + 1
+            run = certain // CODE_TOKENS - 1
+            if run >= num_coded_runs(certain, CODES.LAG):
+                row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
+                page = tl.load(row_ptr + run // RUNS).to(tl.int64)
+                first_word = encoder % SHARING * ENCODED_WORDS
+                for word in range(first_word, WORDS, SHARING * ENCODED_WORDS):
+                    encode_words(cache, page, run % RUNS, word, PAGE)
 
 
 @triton.jit
@@ -104,7 +122,8 @@ def score_run(query_words, code_ptr, range_ptr, PAGE: tl.constexpr):
 @triton.jit
 def weigh_codes(
     query_words, factor, soft_cap, reference, num_runs, places, masses_ptr, masses_stride, cache,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`weigh_blocks` by the codes of the `num_runs` runs of a chunk, at `places` (of
     `load_places`), which all query rows see."""
@@ -117,8 +136,8 @@ def weigh_codes(
     masses_ptr += tl.arange(0, BLOCKS)[:, None] + rows * masses_stride
     sums = tl.zeros([BLOCKS, ROWS_PADDED], tl.float32)
     for index in tl.range(0, num_runs, num_stages=STAGES):
-        place = pick(places, index)
-        page, run = (place // RUNS).to(tl.int64), place % RUNS
+        where = pick(places, index)
+        page, run = (where // RUNS).to(tl.int64), where % RUNS
         code_ptr = cache.key_code.pointer + page * cache.key_code.stride_page
         range_ptr = cache.code_range.pointer + page * cache.code_range.stride_page
         scores = score_run(
@@ -128,6 +147,7 @@ def weigh_codes(
         scores = cap_scores(scores * factor[None, :], soft_cap)
         masses = tl.exp2(scores - reference[None, :])
         masses = tl.sum(tl.reshape(masses, (BLOCKS, BLOCK_SIZE, ROWS_PADDED)), axis=1)
-        tl.store(masses_ptr + index * BLOCKS, masses, mask=rows < QUERY.ROWS)
+        place = index * (TUNING.WEIGH_PARTS * BLOCKS)
+        tl.store(masses_ptr + place, masses, mask=rows < QUERY.ROWS)
         sums += tl.where(masses < MOST_MASS, masses, MOST_MASS)  # what is no number, too
     return tl.sum(sums, axis=0)

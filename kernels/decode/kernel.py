@@ -19,7 +19,7 @@ from .soft_cap import cap_scores, uncapped
 class KernelTuning(NamedTuple):
     """How a program goes through its item: blocks of a chunk and of a tile of the scan (spans of
     blocks where these are weighed), depths of the pipelines, rows and items that the merge takes
-    at a time."""
+    at a time, programs that share an item while its blocks are weighed."""
 
     CHUNK_BLOCKS: int
     TILE_BLOCKS: int
@@ -27,6 +27,7 @@ class KernelTuning(NamedTuple):
     ATTEND_STAGES: int
     MERGE_ROWS: int
     MERGE_SLOTS: int
+    WEIGH_PARTS: int
 
 
 @triton.jit(  # tables of any width, cut anywhere, share one compilation

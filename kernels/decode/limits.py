@@ -140,6 +140,11 @@ class DecodeLimits:
         return _max_items(self)
 
     @property
+    def max_sums(self) -> int:
+        """The most programs, of a KV head, that weigh the blocks of a batch."""
+        return _max_sums(self)
+
+    @property
     def max_request_items(self) -> int:
         """The most items of one request."""
         if self.batch_invariant:
@@ -203,7 +208,7 @@ class DecodeLimits:
     def scratch_shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and dtypes of the scratch tensors, in the order of `DecodeScratch`."""
         rows = (self.max_items, self.query_len * self.num_heads)
-        sums = (self.max_items, 2 if self.rule == "share" else 0, self.query_len * self.num_heads)
+        sums = (self.max_sums, 2 if self.rule == "share" else 0, self.query_len * self.num_heads)
         return (
             ((*rows, self.head_size), torch.float32),
             (rows, torch.float32),
@@ -222,6 +227,12 @@ def padded_reqs(num_reqs: int) -> int:
 @lru_cache  # layers have equal limits
 def _max_items(limits: DecodeLimits) -> int:
     return max(map(limits.num_items, range(1, limits.num_reqs + 1)))
+
+
+@lru_cache
+def _max_sums(limits: DecodeLimits) -> int:
+    batches = range(1, limits.num_reqs + 1)
+    return max(limits.num_items(n) * limits.tuning_of(n).code_parts for n in batches)
 
 
 @lru_cache

@@ -19,8 +19,9 @@ class DecodeScratch(NamedTuple):
     `partial_lse` `[max_items, num_kv_heads * rows]`, log2 units; `scores`, flat: program, token of
     the chunk, row, log2 units, or by share program, what it reads of the chunk (`choose_blocks`);
     `threshold` `[num_reqs * query_len, num_heads]`, log2 units. By share only: `masses`, flat:
-    item, as `DecodePlan.mass_places` has it, KV head, row, block; `sums` `[max_items, 2,
-    num_kv_heads * rows]`: of an item's masses, and the score that they are relative to, log2 units.
+    item, as `DecodePlan.mass_places` has it, KV head, row, block; `sums` `[max_sums, 2,
+    num_kv_heads * rows]`: of the masses of an item, or of each part of it, and the score that they
+    are relative to, log2 units.
     """
 
     partial_output: torch.Tensor

@@ -23,8 +23,8 @@ def weigh_blocks(
     TUNING: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """Adds up `exp2(score - reference)` over the tokens of every block of a chunk, into
-    `masses[row, block]`, and returns the sums over its blocks, float32 `[ROWS_PADDED]`, to which
-    none adds more than MOST_MASS.
+    `masses[row, block]`, those of every WEIGH_PARTS-th span, and returns the sums over its blocks,
+    float32 `[ROWS_PADDED]`, to which none adds more than MOST_MASS.
 
     The chunk is `num_spans` spans of blocks, `first_span` and every `step`-th of the request after
     it, read in tiles of TILE_BLOCKS spans.
@@ -40,8 +40,10 @@ def weigh_blocks(
     BLOCKS: tl.constexpr = SPAN_SIZE // BLOCK.BLOCK_SIZE
     tile_tokens, tile_positions = tile_tokens_of(step, SPAN, TILE_SPANS)
     rows = tl.arange(0, ROWS_PADDED)[None, None, :]
-    tile_blocks = tl.arange(0, TILE_SPANS)[None, :] * BLOCKS + tl.arange(0, BLOCKS)[:, None]
-    masses_ptr += tile_blocks[:, :, None] + rows * masses_stride
+    STRIDE: tl.constexpr = TUNING.WEIGH_PARTS * BLOCKS
+    tile_spans = tl.arange(0, TILE_SPANS)[None, :]
+    places_in_row = tile_spans * STRIDE + tl.arange(0, BLOCKS)[:, None]
+    masses_ptr += places_in_row[:, :, None] + rows * masses_stride
     sums = tl.zeros([BLOCKS, TILE_SPANS, ROWS_PADDED], tl.float32)
     for index in tl.range(0, num_spans, TILE_SPANS, num_stages=TUNING.SCAN_STAGES):
         scores = score_tile(
@@ -52,8 +54,8 @@ def weigh_blocks(
         masses = tl.exp2(scores - reference[None, :])
         masses = tl.reshape(masses, (BLOCKS, RUNS, TILE_SPANS, 16, ROWS_PADDED))
         masses = tl.sum(tl.sum(masses, axis=1), axis=2)
-        exists = (index * BLOCKS + tile_blocks < num_spans * BLOCKS)[:, :, None]
-        tl.store(masses_ptr + index * BLOCKS, masses, mask=exists & (rows < QUERY.ROWS))
+        exists = (index + tile_spans < num_spans)[:, :, None]
+        tl.store(masses_ptr + index * STRIDE, masses, mask=exists & (rows < QUERY.ROWS))
         sums += tl.where(masses < MOST_MASS, masses, MOST_MASS)  # what is no number, too
     return tl.sum(tl.sum(sums, axis=0), axis=0)
 

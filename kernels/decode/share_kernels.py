@@ -6,7 +6,7 @@ import triton.language as tl
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from .attend import attend_runs, begin_softmax, largest_scores, raise_reference, run_tile
-from .code_scan import encode_new_run, load_query_words, num_coded_runs, weigh_codes
+from .code_scan import encode_new_runs, load_query_words, num_coded_runs, weigh_codes
 from .early import prefetch_anchors, prefetch_tile
 from .limits import list_numbers
 from .merge import count_item, hand_over
@@ -30,20 +30,22 @@ def masses_of_item(
 
 @triton.jit
 def sums_of_items(scratch, items, kv_head, QUERY: tl.constexpr):
-    """Pointers to what `weigh_kernel` says of `items`, for row 0: the sum of all masses, and the
-    score that they are relative to."""
+    """Pointers to what `weigh_kernel` says of `items`, or parts of them, for row 0: the sum of all
+    masses, and the score that they are relative to."""
     sums_ptr = scratch.sums + (items * (2 * QUERY.NUM_KV_HEADS) + kv_head) * QUERY.ROWS
     return sums_ptr, sums_ptr + QUERY.NUM_KV_HEADS * QUERY.ROWS
 
 
 @triton.jit(  # as `decode_kernel`
-    do_not_specialize=["block_table_stride"],
-    do_not_specialize_on_alignment=["block_table_ptr", "query_start_loc_ptr"],
+    do_not_specialize=["block_table_stride", "num_reqs"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
 )
 def weigh_kernel(
     scratch,  # a DecodeScratch
     work_ptr,
     mass_places_ptr,
+    seq_lens_ptr,
+    num_reqs,
     query,  # of `head_rows`
     cache,  # of `paged_cache`
     block_table_ptr,
@@ -63,15 +65,29 @@ def weigh_kernel(
     DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: the masses of all blocks of a work item, for a KV head and all query rows of
-    its group, relative to the best score of the request's first and last tokens.
+    """One program: the masses of all blocks of a work item, or of every WEIGH_PARTS-th span of it,
+    for a KV head and all query rows of its group, relative to the best score of the request's first
+    and last tokens.
 
-    By codes, where there are any; by the base, those of the newest tokens. Codes of keys that are
-    complete now are written, for the steps after this one. Nothing is weighed where all blocks are
-    read anyway.
+    By codes, where there are any; by the base, those of the newest tokens. The first ENCODERS
+    programs write the codes of keys that are complete now, for the steps after this one. Nothing is
+    weighed where all blocks are read anyway.
     """
     kv_head = tl.program_id(0)
-    item = tl.program_id(1)
+    program = tl.program_id(1)
+    if CODES is not None:
+        if program < CODES.ENCODERS:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+            encode_new_runs(
+                program, block_table_ptr, block_table_stride, seq_lens_ptr, num_reqs,
+                query_start_loc_ptr, cache_of_head(cache, kv_head.to(tl.int64)), PAGE, QUERY, CODES,
+            )
+            return
+        program -= CODES.ENCODERS
+    PARTS: tl.constexpr = TUNING.WEIGH_PARTS
+    item, part = program // PARTS, program % PARTS
     request, index, num_items, seq_len = load_item(work_ptr, item)
     mass_place = tl.load(mass_places_ptr + item)
     if (request | index | num_items | seq_len) < 0:
@@ -83,6 +99,9 @@ def weigh_kernel(
     BLOCKS: tl.constexpr = SPAN_SIZE // BLOCK.BLOCK_SIZE
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
+    item_spans = tl.cdiv(tl.cdiv(seq_len, SPAN_SIZE), num_items)
+    index += part * num_items
+    num_items *= PARTS
     token, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)
     row_tokens, _, _ = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
     request_spans = (seq_len + SPAN_SIZE - 1) // SPAN_SIZE
@@ -120,8 +139,9 @@ def weigh_kernel(
     reads_all = (seq_len < min_context) | (tau <= 0) | (mass_place < 0)
     num_spans = tl.where(reads_all, 0, num_spans)
     masses_ptr, stride = masses_of_item(
-        scratch, mass_place, kv_head, (request_spans + num_items - 1) // num_items, QUERY, BLOCKS
+        scratch, mass_place, kv_head, item_spans, QUERY, BLOCKS
     )
+    masses_ptr += part * BLOCKS
     sums = tl.zeros([ROWS_PADDED], tl.float32)
     if CODES is not None:
         num_coded = tl.minimum(num_coded, num_spans)
@@ -136,12 +156,10 @@ def weigh_kernel(
             sums += weigh_codes(
                 query_words, code_factor, soft_cap, reference,
                 tl.minimum(num_coded - chunk_begin, CODES.CHUNK_RUNS), code_places,
-                masses_ptr + chunk_begin * BLOCKS, stride, cache, PAGE, BLOCK, QUERY, CODES.STAGES,
+                masses_ptr + chunk_begin * (PARTS * BLOCKS), stride, cache,
+                PAGE, BLOCK, QUERY, TUNING, CODES.STAGES,
             )
             code_places = next_places
-        encode_new_run(
-            block_table_row_ptr, seen_by_all, index, num_items, cache, PAGE, CODES.LAG
-        )
     for chunk_begin in range(num_coded, num_spans, CHUNK_SPANS):
         first_span = index + chunk_begin * num_items
         next_places = load_places(
@@ -151,11 +169,11 @@ def weigh_kernel(
         sums += weigh_blocks(
             rows, factor, soft_cap, limits, reference,
             first_span, num_items, tl.minimum(num_spans - chunk_begin, CHUNK_SPANS), seq_len,
-            seen_by_all, places, masses_ptr + chunk_begin * BLOCKS, stride, cache,
+            seen_by_all, places, masses_ptr + chunk_begin * (PARTS * BLOCKS), stride, cache,
             PAGE, SPAN, BLOCK, QUERY, TUNING, DTYPE,
         )
         places = next_places
-    sums_ptr, references_ptr = sums_of_items(scratch, item, kv_head, QUERY)
+    sums_ptr, references_ptr = sums_of_items(scratch, item * PARTS + part, kv_head, QUERY)
     row_places = tl.arange(0, ROWS_PADDED)
     tl.store(sums_ptr + row_places, sums, mask=row_places < QUERY.ROWS)
     tl.store(references_ptr + row_places, reference, mask=row_places < QUERY.ROWS)
@@ -163,8 +181,8 @@ def weigh_kernel(
 
 @triton.jit
 def add_up_sums(scratch, first_item, num_items, kv_head, QUERY: tl.constexpr):
-    """The denominators of a request's rows, float32 `[ROWS_PADDED]`: the sums of its items, always
-    in the same order."""
+    """The denominators of a request's rows, float32 `[ROWS_PADDED]`: the sums of its items, or
+    their parts, always in the same order."""
     ITEMS: tl.constexpr = 64  # at a time: more would be registers, fewer waits
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     items = tl.arange(0, ITEMS)
@@ -244,9 +262,10 @@ def draw_kernel(
     if PDL:
         # what `weigh_kernel` writes; what kernels before it wrote is there already
         tl.extra.cuda.gdc_wait()
-    num_weighed = tl.where(tau > 0, num_items, 0)
-    denominators = add_up_sums(scratch, item - index, num_weighed, kv_head, QUERY)
-    _, references_ptr = sums_of_items(scratch, item, kv_head, QUERY)
+    PARTS: tl.constexpr = TUNING.WEIGH_PARTS
+    num_sums = tl.where(tau > 0, num_items * PARTS, 0)
+    denominators = add_up_sums(scratch, (item - index) * PARTS, num_sums, kv_head, QUERY)
+    _, references_ptr = sums_of_items(scratch, item * PARTS, kv_head, QUERY)
     row_places = tl.arange(0, ROWS_PADDED)
     anchor_score = tl.load(references_ptr + row_places, mask=row_places < QUERY.ROWS, other=0.0)
     if sinks_ptr is not None:

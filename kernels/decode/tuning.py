@@ -29,6 +29,8 @@ class DecodeTuning:
             to every block; the last two read the base.
         code_runs: runs of 4-bit codes whose places a program holds; a power of two, at most 128.
         code_stages: depth of the pipeline that reads them.
+        code_parts: programs that share a work item while they read them.
+        code_warps, code_registers: warps of such a program, registers of a thread, at most.
         merge_rows: partial results (a query row of an item, 128 elements) that a warp asks for at
             a time in the merge, a power of two.
         num_warps: warps of a program.
@@ -52,6 +54,9 @@ class DecodeTuning:
     dense_stages: int = 3
     code_runs: int = 128
     code_stages: int = 4
+    code_parts: int = 2
+    code_warps: int = 2
+    code_registers: int = 128
     merge_rows: int = 16
     num_warps: int = 4
     max_registers: int = 255

@@ -123,11 +123,11 @@ def test_steps_write_what_the_next_ones_read(device, query_len):
     first, last = 64 * 5 - 2, 64 * 6 + query_len + 1
     case = dataclasses.replace(CASE, lengths=(last,), query_len=query_len, group=2, num_kv_heads=1)
     batch = make_batch(case)
-    planes = batch.planes(device)
-    planes.key_code.fill_(-1)
-    planes.code_range.fill_(float("nan"))
+    planes, encoded = batch.planes(device), batch.planes()
+    for poisoned in (planes, encoded):
+        poisoned.key_code.fill_(-1)
+        poisoned.code_range.fill_(float("nan"))
     row = batch.block_table[0]
-    encoded = batch.planes()
     limits = share_limits(case)
     if device == "cpu":
         encode_keys_reference(planes, row, 0, first - query_len)
