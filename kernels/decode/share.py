@@ -128,6 +128,8 @@ def choose_blocks(
             mask=exists & (runs * UNIT < seq_len), other=0,
         )
         places += (page * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE,)
+    inverses = 1.0 / denominators
+    chances_of_share = CHANCES / tau
     wanted = exists & (slots < 0)
     sure = wanted
     is_most = wanted
@@ -143,13 +145,13 @@ def choose_blocks(
                 mask=is_weighed, other=float("inf"),
             )
             is_least &= mass < MOST_MASS  # false where it is no number
-            head_share = tl.where(mass < MOST_MASS, mass, 0.0) / _of_row(denominators, row)
+            head_share = tl.where(mass < MOST_MASS, mass, 0.0) * _of_row(inverses, row)
             share = tl.maximum(share, head_share)
             shares += head_share
         position = seq_len - query_len + token
         is_small = is_least & (blocks > 0) & (blocks < position // BLOCK_SIZE) & (share < tau)
         is_most |= exists & (is_least == 0)
-        chances = tl.maximum(tl.ceil(share / tau * CHANCES), 1.0)
+        chances = tl.maximum(tl.ceil(share * chances_of_share), 1.0)
         chances = tl.where(is_small, chances, 0.0).to(tl.int32)
         drawn = tl.cumsum(chances, axis=0) + draw_offset(layer, kv_head, position, first_span)
         is_hit = drawn // CHANCES != (drawn - chances) // CHANCES
