@@ -11,12 +11,13 @@ from ..cache.paged_rows import block_shape
 from ..counters import COUNTERS
 from ..runtime import compute_dtype, launch, pdl_arguments
 from .code_scan import ENCODERS, CodeScan
+from .draw import draw_kernel
 from .kernel import KernelTuning, decode_kernel
 from .limits import DecodeLimits
 from .plan import DecodePlan, DecodeScratch
 from .query import QueryShape, head_rows
 from .scan import ANCHOR_TOKENS, decode_threshold_kernel
-from .share_kernels import draw_kernel, weigh_kernel
+from .weigh import weigh_kernel
 
 MAX_QUERY_ROWS = 64
 """Query rows of a KV head, at most: its query heads, of all query tokens of a request."""

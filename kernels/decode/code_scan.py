@@ -8,11 +8,10 @@ import triton.language as tl
 from ..cache.fp8_split import exponent_to_scale, scale_rows
 from ..cache.key_codes import CODE_TOKENS, ENCODED_WORDS, decode_words, encode_words
 from ..cache.paged_cache import row_tile
-from ..cache.paged_rows import pick
+from ..cache.paged_rows import pick, prefetch
 from .query import load_query, query_span
 from .share import MOST_MASS
 from .soft_cap import cap_scores
-
 
 ENCODERS = 16
 """Programs of a KV head that write codes, while others read."""
@@ -32,6 +31,31 @@ class CodeScan(NamedTuple):
 def num_coded_runs(seen_by_all, LAG: tl.constexpr):
     """Runs of a request whose codes were written in a step before this one."""
     return tl.maximum(seen_by_all - LAG, 0) // CODE_TOKENS
+
+
+@triton.jit
+def run_pointers(place, cache, PAGE: tl.constexpr):
+    """Where the codes and the ranges of the run at `place` (of `load_places`) begin."""
+    WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
+    RUNS: tl.constexpr = PAGE.PAGE_SIZE // CODE_TOKENS
+    page, run = (place // RUNS).to(tl.int64), place % RUNS
+    code_ptr = cache.key_code.pointer + page * cache.key_code.stride_page
+    range_ptr = cache.code_range.pointer + page * cache.code_range.stride_page
+    return code_ptr + run * (CODE_TOKENS * WORDS), range_ptr + run * (8 * WORDS)
+
+
+@triton.jit
+def prefetch_codes(places, num_runs, cache, PAGE: tl.constexpr, CODES: tl.constexpr):
+    """Brings the first runs at `places` to the L2 cache: those that `weigh_codes` asks for at once.
+    No kernel of this step writes them."""
+    WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
+    LINE: tl.constexpr = 64  # words of a line of the cache
+    begins = tl.arange(0, CODE_TOKENS) * LINE
+    for index in tl.static_range(CODES.STAGES - 1):
+        code_ptr, range_ptr = run_pointers(pick(places, index), cache, PAGE)
+        exists = index < num_runs
+        prefetch(code_ptr + begins, exists & (begins < CODE_TOKENS * WORDS))
+        prefetch(range_ptr + begins, exists & (begins < 8 * WORDS))
 
 
 @triton.jit
@@ -127,8 +151,6 @@ def weigh_codes(
 ):
     """`weigh_blocks` by the codes of the `num_runs` runs of a chunk, at `places` (of
     `load_places`), which all query rows see."""
-    WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
-    RUNS: tl.constexpr = PAGE.PAGE_SIZE // CODE_TOKENS
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
     BLOCKS: tl.constexpr = CODE_TOKENS // BLOCK_SIZE
@@ -136,14 +158,8 @@ def weigh_codes(
     masses_ptr += tl.arange(0, BLOCKS)[:, None] + rows * masses_stride
     sums = tl.zeros([BLOCKS, ROWS_PADDED], tl.float32)
     for index in tl.range(0, num_runs, num_stages=STAGES):
-        where = pick(places, index)
-        page, run = (where // RUNS).to(tl.int64), where % RUNS
-        code_ptr = cache.key_code.pointer + page * cache.key_code.stride_page
-        range_ptr = cache.code_range.pointer + page * cache.code_range.stride_page
-        scores = score_run(
-            query_words, code_ptr + run * (CODE_TOKENS * WORDS),
-            range_ptr + run * (8 * WORDS), PAGE,
-        )
+        code_ptr, range_ptr = run_pointers(pick(places, index), cache, PAGE)
+        scores = score_run(query_words, code_ptr, range_ptr, PAGE)
         scores = cap_scores(scores * factor[None, :], soft_cap)
         masses = tl.exp2(scores - reference[None, :])
         masses = tl.sum(tl.reshape(masses, (BLOCKS, BLOCK_SIZE, ROWS_PADDED)), axis=1)
