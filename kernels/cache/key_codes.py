@@ -22,8 +22,8 @@ ENCODED_WORDS: tl.constexpr = tl.constexpr(8)
 
 @triton.jit
 def encode_words(cache, page, run, first_word, PAGE: tl.constexpr):
-    """Writes codes of run `run` of `page`, int64, from its base and residual: of each key ENCODED_WORDS
-    words, from `first_word` on.
+    """Writes codes of run `run` of `page`, int64, from its base and residual: of each key
+    ENCODED_WORDS words, from `first_word` on.
 
     For each channel of the run's CODE_TOKENS keys, `step` is a 15th of their spread and `offset`
     their least minus 16 steps, both float16; a code is the nearest of 0 to 15, and stands for
