@@ -185,7 +185,7 @@ def decode_attention(
         newest = tunings["TUNING"]._replace(CHUNK_BLOCKS=2, TILE_BLOCKS=1, SCAN_STAGES=2)
         weigh_tunings = {
             "TUNING": newest,
-            "num_warps": tuning.code_warps * (2 if rows > 32 else 1),
+            "num_warps": tuning.code_warps * (2 if rows > 32 or head_size > 128 else 1),
             "maxnreg": tuning.code_registers if rows <= 16 else 255,
         }
         num_weighing = ENCODERS + num_weighing * newest.WEIGH_PARTS

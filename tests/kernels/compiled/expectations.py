@@ -70,8 +70,14 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     (
         "weigh_kernel",
         "codes",
-        {"moves": {"score_run": 16, "load_query": 2}, "loops": (ANY, ANY), "programs": 8},
+        {
+            "moves": {"score_run": 16, "load_query": 2},
+            "loops": (ANY, ANY),
+            "programs": 8,
+            "local": 64,
+        },  # 3.7
     ),
+    ("weigh_kernel", "codes, up to 8 query tokens", {"programs": 4}),
     ("weigh_kernel", "codes, head size 80", {"moves": {"score_run": 8}}),
     ("weigh_kernel", "codes, head size 256", {"programs": 4}),
     (
