@@ -53,7 +53,7 @@ class DecodeTuning:
     share_stages: int = 3
     dense_stages: int = 3
     code_runs: int = 128
-    code_stages: int = 4
+    code_stages: int = 3
     code_parts: int = 2
     code_warps: int = 2
     code_registers: int = 128
