@@ -191,8 +191,8 @@ def decode_attention(
         num_weighing = ENCODERS + num_weighing * newest.WEIGH_PARTS
     weigh_grid = (num_kv_heads, num_weighing)
     launch(
-        weigh_kernel, weigh_grid, scratch, plan.work, plan.mass_places, seq_lens, num_reqs,
-        CODES=codes, **pdl, **weigh_tunings, **common,
+        weigh_kernel, weigh_grid, scratch, plan.work, plan.mass_places, plan.arrivals, seq_lens,
+        num_reqs, CODES=codes, **pdl, **weigh_tunings, **common,
     )
     launch(
         draw_kernel, grid, head_rows(output), scratch, plan.work, plan.mass_places, plan.arrivals,

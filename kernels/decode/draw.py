@@ -15,6 +15,19 @@ from .weigh import masses_of_item, sums_of_items
 
 
 @triton.jit
+def await_arrivals(arrivals_ptr, number):
+    """Waits until all `number` programs of `weigh_kernel` for a request and KV head have ended.
+
+    They run already, or this kernel would not have started: `weigh_kernel` lets it start in each of
+    its programs, and only where it has itself waited for the kernels before it.
+    """
+    arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+    while arrived < number:
+        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+    tl.debug_barrier()  # one thread has asked for all
+
+
+@triton.jit
 def add_up_sums(scratch, first_item, num_items, kv_head, QUERY: tl.constexpr):
     """The denominators of a request's rows, float32 `[ROWS_PADDED]`: the sums of its items, or
     their parts, always in the same order."""
@@ -26,7 +39,7 @@ def add_up_sums(scratch, first_item, num_items, kv_head, QUERY: tl.constexpr):
     for begin in range(0, num_items, ITEMS):
         exists = (begin + items < num_items)[:, None] & (rows < QUERY.ROWS)
         sums_ptr, _ = sums_of_items(scratch, first_item + begin + items, kv_head, QUERY)
-        sums += tl.load(sums_ptr[:, None] + rows, mask=exists, other=0.0)
+        sums += tl.load(sums_ptr[:, None] + rows, mask=exists, other=0.0, cache_modifier=".cg")
     return tl.sum(sums, axis=0)
 
 
@@ -94,15 +107,15 @@ def draw_kernel(
     tau = tl.where((seq_len < min_context) | (mass_place < 0), 0.0, tau)
     rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE, QUERY.PARTS)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
-    if PDL:
-        # what `weigh_kernel` writes; what kernels before it wrote is there already
-        tl.extra.cuda.gdc_wait()
     PARTS: tl.constexpr = TUNING.WEIGH_PARTS
+    await_arrivals(arrivals_ptr + request * QUERY.NUM_KV_HEADS + kv_head, num_items * PARTS)
     num_sums = tl.where(tau > 0, num_items * PARTS, 0)
     denominators = add_up_sums(scratch, (item - index) * PARTS, num_sums, kv_head, QUERY)
     _, references_ptr = sums_of_items(scratch, item * PARTS, kv_head, QUERY)
     row_places = tl.arange(0, ROWS_PADDED)
-    anchor_score = tl.load(references_ptr + row_places, mask=row_places < QUERY.ROWS, other=0.0)
+    anchor_score = tl.load(
+        references_ptr + row_places, mask=row_places < QUERY.ROWS, other=0.0, cache_modifier=".cg"
+    )
     if sinks_ptr is not None:
         denominators += tl.minimum(tl.exp2(sinks - anchor_score), MOST_MASS)
     masses_ptr, stride = masses_of_item(
@@ -160,6 +173,10 @@ def draw_kernel(
         )
     hand_over(
         accumulator, weight_sums, reference,
-        output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token, query_len,
+        output, scratch, arrivals_ptr, num_items * PARTS, request, index, num_items, item, kv_head,
+        token, query_len,
         PAGE, QUERY, TUNING.MERGE_ROWS, TUNING.MERGE_SLOTS,
     )
+    if PDL:
+        # so that the kernel behind this one finds all that `weigh_kernel` writes
+        tl.extra.cuda.gdc_wait()

@@ -183,6 +183,7 @@ def decode_kernel(
         )
     hand_over(
         accumulator, weight_sums, reference,
-        output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token, query_len,
+        output, scratch, arrivals_ptr, 0, request, index, num_items, item, kv_head, token,
+        query_len,
         PAGE, QUERY, TUNING.MERGE_ROWS, TUNING.MERGE_SLOTS,
     )

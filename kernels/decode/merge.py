@@ -109,14 +109,17 @@ def merge_items(
 @triton.jit
 def hand_over(
     accumulator, weight_sums, reference,
-    output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token, query_len,
+    output, scratch, arrivals_ptr, before, request, index, num_items, item, kv_head, token,
+    query_len,
     PAGE: tl.constexpr, QUERY: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):
     """Writes the output of a request and KV head that is one item; of others what the item comes
-    to, and the program that ends last merges them all.
+    to, and the program that ends last merges them all. `before`: what others have added to its
+    arrivals, which are zero afterwards.
 
     `accumulator, weight_sums, reference`: of `softmax_update`. See `merge_items` for the others.
     """
+    arrivals_ptr += request * QUERY.NUM_KV_HEADS + kv_head
     HEAD_SIZE: tl.constexpr = PAGE.HEAD_SIZE
     HEAD_SIZE_PADDED: tl.constexpr = PAGE.HEAD_SIZE_PADDED
     ROWS: tl.constexpr = QUERY.ROWS
@@ -135,6 +138,8 @@ def hand_over(
             result.to(output.pointer.dtype.element_ty),
             mask=mask,
         )
+        if before > 0:
+            tl.store(arrivals_ptr, 0)
     else:
         place = (item * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64)
         partial_rows = place * ROWS + tl.arange(0, ROWS_PADDED)
@@ -143,9 +148,8 @@ def hand_over(
         lse = reference + tl.log2(row_sum)
         tl.store(scratch.partial_lse + partial_rows, lse, mask=row_exists)
         tl.debug_barrier()  # all threads' results are written before one of them says so
-        arrivals_ptr += request * QUERY.NUM_KV_HEADS + kv_head
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-        if arrived == num_items - 1:
+        if arrived == before + num_items - 1:
             first_row = (place - index.to(tl.int64) * QUERY.NUM_KV_HEADS) * ROWS
             merge_items(
                 output, token, kv_head, query_len,

@@ -142,7 +142,7 @@ def choose_blocks(
             row = token * GROUP + head
             mass = tl.load(
                 masses_ptr + row * masses_stride + slots,
-                mask=is_weighed, other=float("inf"),
+                mask=is_weighed, other=float("inf"), cache_modifier=".cg",
             )
             is_least &= mass < MOST_MASS  # false where it is no number
             head_share = tl.where(mass < MOST_MASS, mass, 0.0) * _of_row(inverses, row)

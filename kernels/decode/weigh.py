@@ -47,6 +47,7 @@ def weigh_kernel(
     scratch,  # a DecodeScratch
     work_ptr,
     mass_places_ptr,
+    arrivals_ptr,
     seq_lens_ptr,
     num_reqs,
     query,  # of `head_rows`
@@ -182,3 +183,6 @@ def weigh_kernel(
     row_places = tl.arange(0, ROWS_PADDED)
     tl.store(sums_ptr + row_places, sums, mask=row_places < QUERY.ROWS)
     tl.store(references_ptr + row_places, reference, mask=row_places < QUERY.ROWS)
+    tl.debug_barrier()  # all threads' results are written before one of them says so
+    arrivals_ptr += request * QUERY.NUM_KV_HEADS + kv_head
+    tl.atomic_add(arrivals_ptr, 1, sem="release")

@@ -55,10 +55,16 @@ class Compiled:
 
 def check_wait(kernel: str, ptx: str) -> list[str]:
     """Nothing is written before the wait for the kernel ahead, and but for what decode finds its
-    work with, nothing read; the next kernel may start only after it."""
-    early, wait, _ = ptx.partition("griddepcontrol.wait")
-    if not wait:
+    work with, nothing read; the next kernel may start only after it. What draws waits for arrivals
+    instead, and for that kernel's end in the end."""
+    if "griddepcontrol.wait" not in ptx:
         return ["does not wait for the kernel ahead"]
+    draws = kernel == "draw_kernel"
+    if draws and "griddepcontrol.launch_dependents" in ptx:
+        return ["lets the next kernel start"]
+    early, wait, _ = ptx.partition("ld.global.gpu.acquire" if draws else "griddepcontrol.wait")
+    if not wait:
+        return ["does not wait for arrivals"]
     late = ("st.global", "atom.", "red.global", "cp.async", "griddepcontrol.launch_dependents")
     if kernel not in ("decode_kernel", "weigh_kernel", "draw_kernel"):
         late += ("ld.global",)
