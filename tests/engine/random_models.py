@@ -34,9 +34,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Gemma2": {
         **SMALLER,
         "num_hidden_layers": 4,
-        "query_pre_attn_scalar": 64,
+        "initializer_range": 0.08,
+        "query_pre_attn_scalar": 32,
         "sliding_window": 256,
-        "attn_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 4.0,
         "tie_word_embeddings": True,
     },
     "GptOss": {
@@ -70,7 +71,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 NORMS_ABOVE_ONE = ("Gemma3Text", "Gemma2", "Qwen3Next")  # their weights are what exceeds 1
 SHARPENED = {
     "Gemma3Text": "q_norm",
-    "Gemma2": "q_proj",
     "Qwen3Next": "q_norm",
     "Llama4Text": "q_proj",
     "GptOss": "q_proj",
