@@ -34,10 +34,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Gemma2": {
         **SMALLER,
         "num_hidden_layers": 4,
-        "initializer_range": 0.08,
-        "query_pre_attn_scalar": 32,
+        "initializer_range": 0.075,
+        "query_pre_attn_scalar": 16,
         "sliding_window": 256,
-        "attn_logit_softcapping": 4.0,
+        "attn_logit_softcapping": 3.0,
         "tie_word_embeddings": True,
     },
     "GptOss": {
