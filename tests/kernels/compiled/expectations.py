@@ -74,8 +74,8 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
             "moves": {"score_run": 16, "load_query": 2},
             "loops": (ANY, ANY),
             "programs": 8,
-            "local": 64,
-        },  # 3.7
+            "local": 128,  # Triton 3.9, which no GPU build of vLLM has; 64 with 3.7
+        },
     ),
     ("weigh_kernel", "codes, up to 8 query tokens", {"programs": 4}),
     ("weigh_kernel", "codes, head size 80", {"moves": {"score_run": 8}}),
@@ -90,7 +90,7 @@ EXPECTATIONS: tuple[tuple[str, str, dict], ...] = (
     ),
     ("draw_kernel", "FP8 V", {"moves": {"load_columns": 8}}),
     ("draw_kernel", "float16", {"moves": {"load_rows": 8}, "loops": (ANY,)}),
-    ("draw_kernel", "codes, float16", {"local": 96}),  # blocks of 16, Triton 3.9
+    ("draw_kernel", "codes, float16", {"local": 128}),  # blocks of 16, Triton 3.9
     ("draw_kernel", "head size 256", {"local": 64}),
     ("draw_kernel", "up to 8 query tokens", {"local": 256, "programs": 1}),
     ("decode_threshold_kernel", "", {"moves": {"load_rows": 16, "load_query": 16}}),
