@@ -42,11 +42,15 @@ def encode_words(cache, page, run, first_word, PAGE: tl.constexpr):
     mask = tl.broadcast_to(exists[None, :], (CODE_TOKENS, ENCODED_WORDS))
     range_ptr = cache.code_range.pointer + page * cache.code_range.stride_page
     range_ptr += run * (8 * WORDS) + words
+    key_rows = token_pointers(cache.key, page, tokens, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
+    code_rows = token_pointers(cache.key_code, page, tokens, WORDS, PAGE.PAGE_SIZE)
+    if cache.key_exponent.pointer is not None:
+        rows = token_pointers(cache.key_exponent, page, tokens, 1, PAGE.PAGE_SIZE)
+        scales = load_scales(rows, tokens >= 0)[:, None]
     packed = tl.zeros([CODE_TOKENS, ENCODED_WORDS], tl.int32)
     for part in tl.static_range(4):
         columns = (part * WORDS + words)[None, :]
-        rows = token_pointers(cache.key, page, tokens, PAGE.KEY_STRIDE, PAGE.PAGE_SIZE)
-        key = tl.load(rows[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(key_rows[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
         if cache.key_residual.pointer is not None:
             rows = token_pointers(
                 cache.key_residual, page, tokens, PAGE.RESIDUAL_STRIDE, PAGE.PAGE_SIZE
@@ -54,8 +58,7 @@ def encode_words(cache, page, run, first_word, PAGE: tl.constexpr):
             residual = tl.load(rows[:, None] + columns, mask=mask, other=0.0)
             key += residual.to(tl.float32) * (1.0 / PAGE.RESIDUAL_SCALE)
         if cache.key_exponent.pointer is not None:
-            rows = token_pointers(cache.key_exponent, page, tokens, 1, PAGE.PAGE_SIZE)
-            key *= load_scales(rows, tokens >= 0)[:, None]
+            key *= scales
         low = tl.min(key, axis=0)
         step = ((tl.max(key, axis=0) - low) * (1.0 / 15.0)).to(tl.float16)
         wide_step = step.to(tl.float32)
@@ -71,8 +74,7 @@ def encode_words(cache, page, run, first_word, PAGE: tl.constexpr):
         tl.store(range_ptr + part * WORDS, step, mask=exists)
         offset = tl.where(is_held, offset, float("nan")).to(tl.float16)
         tl.store(range_ptr + (4 + part) * WORDS, offset, mask=exists)
-    rows = token_pointers(cache.key_code, page, tokens, WORDS, PAGE.PAGE_SIZE)
-    tl.store(rows[:, None] + words[None, :], packed.to(tl.int16), mask=mask)
+    tl.store(code_rows[:, None] + words[None, :], packed.to(tl.int16), mask=mask)
 
 
 @triton.constexpr_function

@@ -180,7 +180,7 @@ def decode_attention(
     }
     codes, weigh_tunings, num_weighing = None, tunings, plan.num_items
     if planes.key_code is not None:
-        codes = CodeScan(tuning.code_runs, tuning.code_stages, limits.code_lag, ENCODERS)
+        codes = CodeScan(tuning.code_runs, tuning.code_stages, limits.code_lag)
         # the newest tokens alone
         newest = tunings["TUNING"]._replace(CHUNK_BLOCKS=2, TILE_BLOCKS=1, SCAN_STAGES=2)
         weigh_tunings = {
@@ -188,7 +188,7 @@ def decode_attention(
             "num_warps": tuning.code_warps * (2 if rows > 32 or head_size > 128 else 1),
             "maxnreg": tuning.code_registers if rows <= 16 else 255,
         }
-        num_weighing = ENCODERS + num_weighing * newest.WEIGH_PARTS
+        num_weighing = ENCODERS.value + num_weighing * newest.WEIGH_PARTS
     weigh_grid = (num_kv_heads, num_weighing)
     launch(
         weigh_kernel, weigh_grid, scratch, plan.work, plan.mass_places, plan.arrivals, seq_lens,

@@ -13,18 +13,17 @@ from .query import load_query, query_span
 from .share import MOST_MASS
 from .soft_cap import cap_scores
 
-ENCODERS = 16
+ENCODERS: tl.constexpr = tl.constexpr(16)
 """Programs of a KV head that write codes, while others read."""
 
 
 class CodeScan(NamedTuple):
     """How codes are read: runs of a chunk, whose places a program holds, depth of the pipeline;
-    LAG: of `code_lag`; ENCODERS: programs of a KV head that write codes."""
+    LAG: of `code_lag`."""
 
     CHUNK_RUNS: int
     STAGES: int
     LAG: int
-    ENCODERS: int
 
 
 @triton.jit
@@ -67,10 +66,8 @@ def encode_new_runs(
     most. Of ENCODERS programs some share a run, the others take other requests."""
     RUNS: tl.constexpr = PAGE.PAGE_SIZE // CODE_TOKENS
     WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
-    SHARING: tl.constexpr = min(
-        (WORDS + ENCODED_WORDS - 1) // ENCODED_WORDS, CODES.ENCODERS
-    )
-    for begin in range(0, num_reqs, CODES.ENCODERS // SHARING):
+    SHARING: tl.constexpr = min((WORDS + ENCODED_WORDS - 1) // ENCODED_WORDS, ENCODERS)
+    for begin in range(0, num_reqs, ENCODERS // SHARING):
         request = begin + encoder // SHARING
         if request < num_reqs:
             _, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)

@@ -6,6 +6,7 @@ import triton.language as tl
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from .code_scan import (
+    ENCODERS,
     encode_new_runs,
     load_query_words,
     num_coded_runs,
@@ -80,7 +81,7 @@ def weigh_kernel(
     kv_head = tl.program_id(0)
     program = tl.program_id(1)
     if CODES is not None:
-        if program < CODES.ENCODERS:
+        if program < ENCODERS:
             if PDL:
                 tl.extra.cuda.gdc_wait()
                 tl.extra.cuda.gdc_launch_dependents()
@@ -89,7 +90,7 @@ def weigh_kernel(
                 query_start_loc_ptr, cache_of_head(cache, kv_head.to(tl.int64)), PAGE, QUERY, CODES,
             )
             return
-        program -= CODES.ENCODERS
+        program -= ENCODERS
     PARTS: tl.constexpr = TUNING.WEIGH_PARTS
     item, part = program // PARTS, program % PARTS
     request, index, num_items, seq_len = load_item(work_ptr, item)
@@ -103,12 +104,12 @@ def weigh_kernel(
     BLOCKS: tl.constexpr = SPAN_SIZE // BLOCK.BLOCK_SIZE
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     columns = tl.arange(0, PAGE.HEAD_SIZE_PADDED)
-    item_spans = tl.cdiv(tl.cdiv(seq_len, SPAN_SIZE), num_items)
+    request_spans = (seq_len + SPAN_SIZE - 1) // SPAN_SIZE
+    item_spans = (request_spans + num_items - 1) // num_items
     index += part * num_items
     num_items *= PARTS
     token, query_len = query_span(query_start_loc_ptr, request, QUERY.QUERY_LEN)
     row_tokens, _, _ = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
-    request_spans = (seq_len + SPAN_SIZE - 1) // SPAN_SIZE
     num_spans = (request_spans - index + num_items - 1) // num_items
     block_table_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
     seen_by_all = seq_len - query_len + 1
