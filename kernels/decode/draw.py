@@ -9,7 +9,7 @@ from .limits import list_numbers
 from .merge import count_item, hand_over
 from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
-from .share import MOST_MASS, choose_blocks
+from .share import MOST_MASS, choose_blocks, load_chunk
 from .soft_cap import cap_scores
 from .weigh import masses_of_item, sums_of_items
 
@@ -107,6 +107,12 @@ def draw_kernel(
     tau = tl.where((seq_len < min_context) | (mass_place < 0), 0.0, tau)
     rows = load_query(query, token, kv_head, query_len, columns, QUERY, PAGE, QUERY.PARTS)
     rows, factor = split_query(rows, scale_log2, QUERY, DTYPE)
+    blocks, exists, places = load_chunk(
+        index, num_items, num_spans, seq_len, block_table_row_ptr, SPAN, BLOCK, TUNING
+    )
+    masses_ptr, stride = masses_of_item(
+        scratch, mass_place, kv_head, (request_spans + num_items - 1) // num_items, QUERY, BLOCKS
+    )
     PARTS: tl.constexpr = TUNING.WEIGH_PARTS
     await_arrivals(arrivals_ptr + request * QUERY.NUM_KV_HEADS + kv_head, num_items * PARTS)
     num_sums = tl.where(tau > 0, num_items * PARTS, 0)
@@ -118,9 +124,6 @@ def draw_kernel(
     )
     if sinks_ptr is not None:
         denominators += tl.minimum(tl.exp2(sinks - anchor_score), MOST_MASS)
-    masses_ptr, stride = masses_of_item(
-        scratch, mass_place, kv_head, (request_spans + num_items - 1) // num_items, QUERY, BLOCKS
-    )
     place = (item * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64)
     LIST: tl.constexpr = list_numbers(SPAN_SIZE, BLOCK.BLOCK_SIZE, QUERY.QUERY_LEN)
     weights_ptr = scratch.scores + place * (CHUNK_SPANS * LIST)
@@ -138,9 +141,8 @@ def draw_kernel(
     for chunk_begin in range(0, num_spans, CHUNK_SPANS):
         num_runs, has_most, counts = choose_blocks(
             masses_ptr + chunk_begin * BLOCKS, stride, weights_ptr, runs_ptr, denominators,
-            query_len, tau, layer, kv_head, index + chunk_begin * num_items, num_items,
-            tl.minimum(num_spans - chunk_begin, CHUNK_SPANS), seq_len, block_table_row_ptr,
-            SPAN, BLOCK, QUERY, TUNING,
+            query_len, tau, layer, kv_head, index + chunk_begin * num_items, seq_len,
+            blocks, exists, places, BLOCK, QUERY,
         )
         num_blocks += counts[0]
         num_read += counts[1]
@@ -164,7 +166,13 @@ def draw_kernel(
             cache,
             PAGE, BLOCK, QUERY, TUNING, RAISE, DTYPE, VALUE_DTYPE,
         )
-        tl.debug_barrier()  # before the next chunk's take their place
+        chunk_end = chunk_begin + CHUNK_SPANS
+        if chunk_end < num_spans:
+            blocks, exists, places = load_chunk(
+                index + chunk_end * num_items, num_items, num_spans - chunk_end, seq_len,
+                block_table_row_ptr, SPAN, BLOCK, TUNING,
+            )
+            tl.debug_barrier()  # before the next chunk's take their place
 
     if counters_ptr is not None:
         count_item(
@@ -175,7 +183,7 @@ def draw_kernel(
         accumulator, weight_sums, reference,
         output, scratch, arrivals_ptr, num_items * PARTS, request, index, num_items, item, kv_head,
         token, query_len,
-        PAGE, QUERY, TUNING.MERGE_ROWS, TUNING.MERGE_SLOTS,
+        PAGE, QUERY, TUNING,
     )
     if PDL:
         # so that the kernel behind this one finds all that `weigh_kernel` writes

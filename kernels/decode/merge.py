@@ -50,59 +50,59 @@ def smaller_blocks(
 @triton.jit
 def merge_items(
     output, token, kv_head, query_len, partial_output_ptr, partial_lse_ptr, num_items,
-    PAGE: tl.constexpr, QUERY: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    PAGE: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
 ):
     """Writes the merged output of a request and KV head.
 
     `output`: of `head_rows`; `token`: the request's first. The other pointers are those of its
-    first item; see `DecodeScratch` for what the items left there. They are taken in order, SLOTS
-    at a time, whichever of them came last: the result is the same from run to run.
+    first item; see `DecodeScratch` for what the items left there. They are taken in order,
+    MERGE_SLOTS at a time, whichever of them came last: the result is the same from run to run.
     """
+    SLOTS: tl.constexpr = TUNING.MERGE_SLOTS
     HEAD_SIZE: tl.constexpr = PAGE.HEAD_SIZE
-    HEAD_SIZE_PADDED: tl.constexpr = PAGE.HEAD_SIZE_PADDED
+    QUADS: tl.constexpr = PAGE.HEAD_SIZE_PADDED // 4  # of the elements of a row
     STRIDE_LSE: tl.constexpr = QUERY.NUM_KV_HEADS * QUERY.ROWS  # from item to item
-    STRIDE_OUTPUT: tl.constexpr = STRIDE_LSE * HEAD_SIZE
-    rows = tl.arange(0, MERGE_ROWS)
     slots = tl.arange(0, SLOTS)
-    columns = tl.arange(0, HEAD_SIZE_PADDED)
-    tokens, heads, is_row = query_rows(query_len, QUERY.GROUP, MERGE_ROWS)
-    exists = is_row[:, None] & (columns < HEAD_SIZE)[None, :]
-    # Slots first: the warps share the rows then, so that the slots of a row stay in a thread.
-    lse_ptr = partial_lse_ptr + slots[:, None] * STRIDE_LSE + rows[None, :]
-    place = slots[:, None, None] * STRIDE_OUTPUT + rows[None, :, None] * HEAD_SIZE
-    output_of_item = partial_output_ptr + place + columns[None, None, :]
-    accumulator = tl.zeros([SLOTS, MERGE_ROWS, HEAD_SIZE_PADDED], tl.float32)
-    largest = tl.full([SLOTS, MERGE_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([SLOTS, MERGE_ROWS], tl.float32)
-    for begin in tl.range(0, num_items, SLOTS, num_stages=1):
-        is_item = begin + slots < num_items
+    # a thread has quads, and all slots of each: nothing that is added up crosses threads
+    quads = tl.arange(0, TUNING.MERGE_ROWS * QUADS)
+    rows = quads // QUADS
+    columns = quads[:, None] % QUADS * 4 + tl.arange(0, 4)[None, :]
+    is_row = rows < QUERY.ROWS
+    accumulator = tl.zeros([TUNING.MERGE_ROWS * QUADS, 4], tl.float32)
+    largest = tl.full([TUNING.MERGE_ROWS * QUADS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([TUNING.MERGE_ROWS * QUADS, 1], tl.float32)
+    places = slots[:, None] * STRIDE_LSE + rows[None, :]
+    lse_ptr = partial_lse_ptr + places[:, :, None]  # of three dimensions: laid out as `partial`
+    partial_ptr = partial_output_ptr + (places * HEAD_SIZE)[:, :, None] + columns[None, :, :]
+    for begin in tl.range(0, num_items, SLOTS, num_stages=TUNING.MERGE_STAGES):
+        exists = tl.broadcast_to((begin + slots < num_items)[:, None, None], lse_ptr.shape)
+        if QUERY.ROWS < TUNING.MERGE_ROWS:
+            exists &= is_row[None, :, None]
         lse = tl.load(
-            lse_ptr + begin * STRIDE_LSE, mask=is_item[:, None] & is_row[None, :],
-            other=float("-inf"), cache_modifier=".cg",
+            lse_ptr + begin * STRIDE_LSE, mask=exists, other=0.0, cache_modifier=".cg"
         )
+        exists = tl.broadcast_to(exists, partial_ptr.shape)
+        if HEAD_SIZE < QUADS * 4:
+            exists &= (columns < HEAD_SIZE)[None, :, :]
         partial = tl.load(
-            output_of_item + begin * STRIDE_OUTPUT,
-            mask=is_item[:, None, None] & exists[None, :, :], other=0.0, cache_modifier=".cg",
+            partial_ptr + begin * (STRIDE_LSE * HEAD_SIZE), mask=exists, other=0.0,
+            cache_modifier=".cg",
         )
-        new_largest = tl.maximum(largest, lse)
+        lse = tl.where((slots < num_items - begin)[:, None, None], lse, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(lse, axis=0))
         safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(lse - safe)
+        weights = tl.exp2(lse - safe[None, :, :])
         rescale = tl.exp2(largest - safe)
-        accumulator = accumulator * rescale[:, :, None] + partial * weights[:, :, None]
-        total = total * rescale + weights
+        accumulator = accumulator * rescale + tl.sum(partial * weights, axis=0)
+        total = total * rescale + tl.sum(weights, axis=0)
         largest = new_largest
-    best = tl.max(largest, axis=0)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    weights = tl.exp2(largest - best[None, :])
-    total = tl.sum(total * weights, axis=0)
-    result = tl.sum(accumulator * weights[:, :, None], axis=0)
-    result /= tl.where(total == 0.0, 1.0, total)[:, None]
-    place = (token + tokens) * output.stride_token
-    place += (kv_head * QUERY.GROUP + heads) * output.stride_head
+    result = accumulator / tl.where(total == 0.0, 1.0, total)
+    tokens, heads = rows // QUERY.GROUP, kv_head * QUERY.GROUP + rows % QUERY.GROUP
+    place = (token + tokens) * output.stride_token + heads * output.stride_head
     tl.store(
-        output.pointer + place[:, None] + columns[None, :],
+        output.pointer + place[:, None] + columns,
         result.to(output.pointer.dtype.element_ty),
-        mask=exists,
+        mask=(is_row & (tokens < query_len))[:, None] & (columns < HEAD_SIZE),
     )
 
 
@@ -111,7 +111,7 @@ def hand_over(
     accumulator, weight_sums, reference,
     output, scratch, arrivals_ptr, before, request, index, num_items, item, kv_head, token,
     query_len,
-    PAGE: tl.constexpr, QUERY: tl.constexpr, MERGE_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    PAGE: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
 ):
     """Writes the output of a request and KV head that is one item; of others what the item comes
     to, and the program that ends last merges them all. `before`: what others have added to its
@@ -154,6 +154,6 @@ def hand_over(
             merge_items(
                 output, token, kv_head, query_len,
                 scratch.partial_output + first_row * HEAD_SIZE, scratch.partial_lse + first_row,
-                num_items, PAGE, QUERY, MERGE_ROWS, SLOTS,
+                num_items, PAGE, QUERY, TUNING,
             )
             tl.store(arrivals_ptr, 0)  # for the next launch

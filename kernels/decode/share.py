@@ -87,10 +87,35 @@ def _of_row(values, row):
 
 
 @triton.jit
+def load_chunk(
+    first_span, step, num_spans, seq_len, block_table_row_ptr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, TUNING: tl.constexpr,
+):
+    """The blocks of a chunk of up to `num_spans` spans, for `choose_blocks`: their numbers in the
+    request, int32 `[SLOTS]`, whether they exist, and a tuple of the places of their runs (see
+    `load_places`)."""
+    PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK.BLOCK_SIZE
+    SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * PER_SPAN
+    slots = tl.arange(0, SLOTS)  # up to 32, every warp has all, and no sum crosses warps
+    spans = slots // PER_SPAN
+    blocks = (first_span + spans * step) * PER_SPAN + slots % PER_SPAN
+    exists = (spans < num_spans) & (blocks * BLOCK.BLOCK_SIZE < seq_len)
+    places = ()
+    for part in tl.static_range(BLOCK.PER_BLOCK):
+        runs = blocks * BLOCK.PER_BLOCK + part
+        page = tl.load(
+            block_table_row_ptr + runs // BLOCK.PER_PAGE,
+            mask=exists & (runs * BLOCK.UNIT < seq_len), other=0,
+        )
+        places += (page * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE,)
+    return blocks, exists, places
+
+
+@triton.jit
 def choose_blocks(
     masses_ptr, masses_stride, weights_ptr, runs_ptr, denominators, query_len, tau,
-    layer, kv_head, first_span, step, num_spans, seq_len, block_table_row_ptr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    layer, kv_head, first_span, seq_len, blocks, exists, places,
+    BLOCK: tl.constexpr, QUERY: tl.constexpr,
 ):
     """Which blocks of a chunk are read, and what each of them counts.
 
@@ -100,7 +125,7 @@ def choose_blocks(
     the token and newer, and those of MOST_MASS are read for sure, and with tau 0 all, whose masses
     are not asked for. Draws are systematic: with the running sum of `p` over the chunk, a block is
     read where the sum crosses a whole number, less an offset that `draw_offset` gives. A block is
-    read if a token wants it. See `weigh_blocks` for the other arguments.
+    read if a token wants it. `blocks, exists, places`: of `load_chunk`, `first_span` its first span.
 
     Writes, in the order of blocks, the runs of UNIT tokens that are read to `runs[rank]`, int32:
     place (see `load_places`), position, slot of the block in the chunk; and `log2(1 / p)`, -inf
@@ -110,24 +135,12 @@ def choose_blocks(
     the share of the softmax that was left to the draw, the mean of the rows.
     """
     BLOCK_SIZE: tl.constexpr = BLOCK.BLOCK_SIZE
-    PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK_SIZE
-    SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * PER_SPAN
+    SLOTS: tl.constexpr = blocks.shape[0]
     UNIT: tl.constexpr = BLOCK.UNIT
     PER_BLOCK: tl.constexpr = BLOCK.PER_BLOCK
     GROUP: tl.constexpr = QUERY.GROUP
-    slots = tl.arange(0, SLOTS)  # up to 32, every warp has all, and no sum crosses warps
-    spans = slots // PER_SPAN
-    blocks = (first_span + spans * step) * PER_SPAN + slots % PER_SPAN
-    exists = (spans < num_spans) & (blocks * BLOCK_SIZE < seq_len)
+    slots = tl.arange(0, SLOTS)
     is_weighed = exists & (slots < tl.where(tau > 0, SLOTS, 0))
-    places = ()
-    for part in tl.static_range(PER_BLOCK):
-        runs = blocks * PER_BLOCK + part
-        page = tl.load(
-            block_table_row_ptr + runs // BLOCK.PER_PAGE,
-            mask=exists & (runs * UNIT < seq_len), other=0,
-        )
-        places += (page * BLOCK.PER_PAGE + runs % BLOCK.PER_PAGE,)
     inverses = 1.0 / denominators
     chances_of_share = CHANCES / tau
     wanted = exists & (slots < 0)
