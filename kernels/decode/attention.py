@@ -180,13 +180,9 @@ def decode_attention(
     }
     codes, weigh_tunings, num_weighing = None, tunings, plan.num_items
     if planes.key_code is not None:
-        codes = CodeScan(
-            tuning.code_runs, tuning.early_runs, tuning.code_stages, limits.code_lag
-        )
+        codes = CodeScan(tuning.code_runs, tuning.code_stages, limits.code_lag)
         # the newest tokens alone
-        newest = tunings["TUNING"]._replace(
-            CHUNK_BLOCKS=2, TILE_BLOCKS=1, EARLY_TILES=1, SCAN_STAGES=2
-        )
+        newest = tunings["TUNING"]._replace(CHUNK_BLOCKS=2, TILE_BLOCKS=1, SCAN_STAGES=2)
         weigh_tunings = {
             "TUNING": newest,
             "num_warps": tuning.code_warps * (2 if rows > 32 or head_size > 128 else 1),
@@ -251,11 +247,9 @@ def _kernel_tuning(
     return KernelTuning(
         chunk_spans(limits, num_reqs, planes, query_dtype),
         tile_spans(limits, num_reqs, planes, query_dtype),
-        tuning.early_tiles,
         tuning.scan_stages,
         attend_stages if rows <= 32 else min(attend_stages, 3),
         rows,
         max(1, merge_rows // max(1, rows // num_warps)),
-        tuning.merge_stages,
         tuning.code_parts if planes.key_code is not None else 1,
     )

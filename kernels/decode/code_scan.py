@@ -18,11 +18,10 @@ ENCODERS: tl.constexpr = tl.constexpr(16)
 
 
 class CodeScan(NamedTuple):
-    """How codes are read: runs of a chunk, whose places a program holds, runs that it asks for
-    before the kernel ahead has ended, depth of the pipeline; LAG: of `code_lag`."""
+    """How codes are read: runs of a chunk, whose places a program holds, depth of the pipeline;
+    LAG: of `code_lag`."""
 
     CHUNK_RUNS: int
-    EARLY_RUNS: int
     STAGES: int
     LAG: int
 
@@ -46,16 +45,16 @@ def run_pointers(place, cache, PAGE: tl.constexpr):
 
 @triton.jit
 def prefetch_codes(places, num_runs, cache, PAGE: tl.constexpr, CODES: tl.constexpr):
-    """Brings the first EARLY_RUNS of the `num_runs` runs at `places` to the L2 cache. No kernel of
-    this step writes them."""
+    """Brings the first runs at `places` to the L2 cache: those that `weigh_codes` asks for at once.
+    No kernel of this step writes them."""
     WORDS: tl.constexpr = PAGE.HEAD_SIZE // 4
     LINE: tl.constexpr = 64  # words of a line of the cache
     begins = tl.arange(0, CODE_TOKENS) * LINE
-    EARLY: tl.constexpr = min(CODES.EARLY_RUNS, CODES.CHUNK_RUNS)
-    for index in range(0, tl.minimum(num_runs, EARLY)):
+    for index in tl.static_range(CODES.STAGES - 1):
         code_ptr, range_ptr = run_pointers(pick(places, index), cache, PAGE)
-        prefetch(code_ptr + begins, begins < CODE_TOKENS * WORDS)
-        prefetch(range_ptr + begins, begins < 8 * WORDS)
+        exists = index < num_runs
+        prefetch(code_ptr + begins, exists & (begins < CODE_TOKENS * WORDS))
+        prefetch(range_ptr + begins, exists & (begins < 8 * WORDS))
 
 
 @triton.jit

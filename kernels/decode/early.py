@@ -26,21 +26,18 @@ def prefetch_anchors(seq_len, pages, cache, PAGE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_tiles(
-    places, first_block, step, num_blocks, seq_len, cache,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, TUNING: tl.constexpr,
+def prefetch_tile(
+    places, first_block, step, seq_len, cache,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):
-    """Brings the base of the first EARLY_TILES tiles of an item of `num_blocks` blocks to the L2
-    cache. See `scan_blocks`."""
-    TILE: tl.constexpr = TUNING.TILE_BLOCKS * BLOCK.BLOCK_SIZE
-    EARLY: tl.constexpr = min(TUNING.EARLY_TILES * TUNING.TILE_BLOCKS, TUNING.CHUNK_BLOCKS)
+    """Brings the base of an item's first tile to the L2 cache. See `scan_blocks`."""
+    TILE: tl.constexpr = TILE_BLOCKS * BLOCK.BLOCK_SIZE
     tokens = tl.arange(0, TILE)
-    for index in range(0, tl.minimum(num_blocks, EARLY), TUNING.TILE_BLOCKS):
-        positions = first_block + (index + tokens // BLOCK.BLOCK_SIZE) * step
-        positions = positions * BLOCK.BLOCK_SIZE + tokens % BLOCK.BLOCK_SIZE
-        exists = positions < seq_len
-        rows = tile_pointers(cache.key, places, index, tokens, PAGE.KEY_STRIDE, BLOCK, TILE)
-        prefetch_rows(rows, exists, PAGE.HEAD_SIZE)
-        if cache.key_exponent.pointer is not None:
-            rows = tile_pointers(cache.key_exponent, places, index, tokens, 1, BLOCK, TILE)
-            prefetch(rows, exists & (tokens % BLOCK.UNIT == 0))
+    positions = first_block + tokens // BLOCK.BLOCK_SIZE * step
+    positions = positions * BLOCK.BLOCK_SIZE + tokens % BLOCK.BLOCK_SIZE
+    exists = positions < seq_len
+    rows = tile_pointers(cache.key, places, 0, tokens, PAGE.KEY_STRIDE, BLOCK, TILE)
+    prefetch_rows(rows, exists, PAGE.HEAD_SIZE)
+    if cache.key_exponent.pointer is not None:
+        rows = tile_pointers(cache.key_exponent, places, 0, tokens, 1, BLOCK, TILE)
+        prefetch(rows, exists & (tokens % BLOCK.UNIT == 0))

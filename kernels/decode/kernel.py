@@ -8,7 +8,7 @@ import triton.language as tl
 from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from .attend import attend_blocks, begin_softmax, num_kept, raise_reference
-from .early import prefetch_anchors, prefetch_tiles
+from .early import prefetch_anchors, prefetch_tile
 from .merge import count_item, hand_over, smaller_blocks
 from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
@@ -18,18 +18,15 @@ from .soft_cap import cap_scores, uncapped
 
 class KernelTuning(NamedTuple):
     """How a program goes through its item: blocks of a chunk and of a tile of the scan (spans of
-    blocks where these are weighed), tiles that it asks for before the kernel ahead has ended,
-    depths of the pipelines, rows and items that the merge takes at a time and how many times that,
-    programs that share an item while its blocks are weighed."""
+    blocks where these are weighed), depths of the pipelines, rows and items that the merge takes
+    at a time, programs that share an item while its blocks are weighed."""
 
     CHUNK_BLOCKS: int
     TILE_BLOCKS: int
-    EARLY_TILES: int
     SCAN_STAGES: int
     ATTEND_STAGES: int
     MERGE_ROWS: int
     MERGE_SLOTS: int
-    MERGE_STAGES: int
     WEIGH_PARTS: int
 
 
@@ -99,8 +96,8 @@ def decode_kernel(
         if FIND_ANCHORS:
             prefetch_anchors(seq_len, anchor_pages, cache, PAGE)
         if PRUNE:
-            prefetch_tiles(
-                places, index, num_items, num_blocks, seq_len, cache, PAGE, BLOCK, TUNING
+            prefetch_tile(
+                places, index, num_items, seq_len, cache, PAGE, BLOCK, TUNING.TILE_BLOCKS
             )
         # up to here nothing is read that the kernel ahead writes, and nothing written
         tl.extra.cuda.gdc_wait()

@@ -74,7 +74,7 @@ def merge_items(
     places = slots[:, None] * STRIDE_LSE + rows[None, :]
     lse_ptr = partial_lse_ptr + places[:, :, None]  # of three dimensions: laid out as `partial`
     partial_ptr = partial_output_ptr + (places * HEAD_SIZE)[:, :, None] + columns[None, :, :]
-    for begin in tl.range(0, num_items, SLOTS, num_stages=TUNING.MERGE_STAGES):
+    for begin in tl.range(0, num_items, SLOTS, num_stages=1):
         exists = tl.broadcast_to((begin + slots < num_items)[:, None, None], lse_ptr.shape)
         if QUERY.ROWS < TUNING.MERGE_ROWS:
             exists &= is_row[None, :, None]

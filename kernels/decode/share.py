@@ -125,7 +125,7 @@ def choose_blocks(
     the token and newer, and those of MOST_MASS are read for sure, and with tau 0 all, whose masses
     are not asked for. Draws are systematic: with the running sum of `p` over the chunk, a block is
     read where the sum crosses a whole number, less an offset that `draw_offset` gives. A block is
-    read if a token wants it. `blocks, exists, places`: of `load_chunk`, `first_span` its first span.
+    read if a token wants it. `blocks, exists, places`: of `load_chunk`; `first_span`: its first.
 
     Writes, in the order of blocks, the runs of UNIT tokens that are read to `runs[rank]`, int32:
     place (see `load_places`), position, slot of the block in the chunk; and `log2(1 / p)`, -inf

@@ -24,18 +24,15 @@ class DecodeTuning:
         chunk_blocks: blocks that a program scans before it attends to those it keeps; a power of
             two, at most 128.
         scan_tokens: tokens of one step of the scan, for up to 8 query rows a KV head.
-        early_tiles: of them, that a program asks for before the kernel ahead has ended.
         scan_stages, attend_stages, share_stages, dense_stages: pipeline depths of the scan, of the
             attention that starts from its scores, of the one to a list of runs, and of the one
             to every block; the last two read the base.
         code_runs: runs of 4-bit codes whose places a program holds; a power of two, at most 128.
-        early_runs: of them, that it asks for before the kernel ahead has ended.
         code_stages: depth of the pipeline that reads them.
         code_parts: programs that share a work item while they read them.
         code_warps, code_registers: warps of such a program, registers of a thread, at most.
         merge_rows: partial results (a query row of an item, 128 elements) that a warp asks for at
             a time in the merge, a power of two.
-        merge_stages: depth of its pipeline.
         num_warps: warps of a program.
         max_registers: registers of a thread, at most; fewer let more programs run at a time.
         score_bytes: about the most memory for scores that the scan hands on.
@@ -51,19 +48,16 @@ class DecodeTuning:
     item_overhead: int = 6
     chunk_blocks: int = 128
     scan_tokens: int = 256
-    early_tiles: int = 1
     scan_stages: int = 3
     attend_stages: int = 3
     share_stages: int = 3
     dense_stages: int = 3
     code_runs: int = 128
-    early_runs: int = 2
     code_stages: int = 3
     code_parts: int = 2
     code_warps: int = 2
     code_registers: int = 128
     merge_rows: int = 16
-    merge_stages: int = 3
     num_warps: int = 4
     max_registers: int = 255
     score_bytes: int = 320 << 20
@@ -73,7 +67,8 @@ DEFAULT = DecodeTuning()
 """For batches that fill the GPU, and for GPUs that nobody has measured."""
 
 FEW = DecodeTuning(
-    dense_programs_per_processor=1, waves=1, min_blocks=2, scan_tokens=128, chunk_blocks=64
+    dense_programs_per_processor=1, waves=1, min_blocks=2, scan_tokens=128, chunk_blocks=64,
+    share_stages=2,
 )
 """For batches that do not: latency counts there, and smaller steps of the scan start sooner."""
 

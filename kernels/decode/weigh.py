@@ -13,7 +13,7 @@ from .code_scan import (
     prefetch_codes,
     weigh_codes,
 )
-from .early import prefetch_anchors, prefetch_tiles
+from .early import prefetch_anchors, prefetch_tile
 from .plan import load_item
 from .query import load_query, query_rows, query_span, split_query
 from .scan import anchor_scores, load_anchor_pages, load_anchors
@@ -128,8 +128,8 @@ def weigh_kernel(
         prefetch_anchors(seq_len, anchor_pages, cache, PAGE)
         if CODES is not None:
             prefetch_codes(code_places, num_coded, cache, PAGE, CODES)
-        prefetch_tiles(
-            places, first_span, num_items, num_spans - num_coded, seq_len, cache, PAGE, SPAN, TUNING
+        prefetch_tile(
+            places, first_span, num_items, seq_len, cache, PAGE, SPAN, TUNING.TILE_BLOCKS
         )
         # up to here nothing is read that the kernel ahead writes, and nothing written
         tl.extra.cuda.gdc_wait()

@@ -67,7 +67,7 @@ def test_the_v2_model_runner_finds_the_same(report, tokens, tmp_path):
     """It is what GPUs use."""
     texts = Texts(["source"], [tokens])
     llm = {"model": str(MODEL), "max_num_batched_tokens": 512}
-    (engine,) = plan_engines([], llm, floor=True, fp8_cache=False)
+    (engine,) = plan_engines([], llm, floor=[4], fp8_cache=False)
     job = engine.job(texts, LAST, str(tmp_path), [])
     make_references(job, VOCAB_SIZE)
     files = [tmp_path / name for name in ("job.json", "result.json")]

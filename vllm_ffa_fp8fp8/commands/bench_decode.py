@@ -41,9 +41,9 @@ SHORTEST = 512
 TUNING_FIELDS = (
     "programs_per_processor", "dense_programs_per_processor", "waves", "item_tokens",
     "share_item_tokens", "dense_item_tokens", "min_blocks", "item_overhead", "chunk_blocks",
-    "scan_tokens", "early_tiles", "scan_stages", "attend_stages", "share_stages", "dense_stages",
-    "code_runs", "early_runs", "code_stages", "code_parts", "code_warps", "code_registers",
-    "merge_rows", "merge_stages", "num_warps", "max_registers", "score_bytes",
+    "scan_tokens", "scan_stages", "attend_stages", "share_stages", "dense_stages", "code_runs",
+    "code_stages", "code_parts", "code_warps", "code_registers",
+    "merge_rows", "num_warps", "max_registers", "score_bytes",
 )  # fmt: skip
 """Of `DecodeTuning`, which help cannot ask: it needs Triton."""
 

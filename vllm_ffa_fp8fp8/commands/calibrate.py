@@ -147,7 +147,7 @@ def calibrate(
     from vllm_ffa_fp8fp8.bench.quality.engine import judge_texts
 
     gpu = None if environment.is_cpu_build() else environment.find_gpu()
-    (reference,) = plan_engines([], llm, floor=False, fp8_cache=False)
+    (reference,) = plan_engines([], llm, floor=[], fp8_cache=False)
     report = Report(head(options, gpu), windows, options.last, [], [None], options.json)
     with tempfile.TemporaryDirectory() as folder:
         job = reference.job(windows, options.last, folder, [base])

@@ -42,14 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: whole texts)",
     )  # fmt: skip
     add(
-        "--floor", action="store_true",
-        help=f"also show the default backend's own rounding: itself in a batch of {COPIES}",
+        "--floor", nargs="*", type=batch_size, metavar="N",
+        help="also show the default backend's own rounding: itself in batches of N requests "
+        f"(without N: {COPIES})",
     )  # fmt: skip
     add_engine_arguments(parser)
     add(
         "--json", type=Path, metavar="FILE",
         help="keep the figures; with several --tokens a file for each, FILE-N",
     )  # fmt: skip
+
+
+def batch_size(text: str) -> int:
+    size = int(text)
+    if size < 2:
+        raise ValueError("the reference itself runs alone")
+    return size
 
 
 def run(options: argparse.Namespace) -> int:
@@ -130,7 +138,8 @@ def judge(
 
     gpu = None if environment.is_cpu_build() else environment.find_gpu()
     fp8_cache = gpu is not None and gpu.has_fp8
-    engines = plan_engines(settings, llm, floor=options.floor, fp8_cache=fp8_cache)
+    floor = [] if options.floor is None else options.floor or [COPIES]
+    engines = plan_engines(settings, llm, floor=floor, fp8_cache=fp8_cache)
     report = Report(
         head=head(options, gpu),
         texts=texts,

@@ -9,8 +9,12 @@ from vllm_ffa_fp8fp8.option_values import RULES
 from vllm_ffa_fp8fp8.settings import Setting
 
 COPIES = 4
-"""Requests of the batch that shows the default backend's own rounding."""
-DEFAULT, FP8_CACHE, FLOOR = "default", "fp8 cache", f"default, batch of {COPIES}"
+"""Requests of the batch that shows the default backend's own rounding, unless told."""
+DEFAULT, FP8_CACHE = "default", "fp8 cache"
+
+
+def floor_name(copies: int) -> str:
+    return f"default, batch of {copies}"
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,20 @@ class Engine:
             "texts": texts.tokens,
             "last": last,
             "folder": folder,
-            "copies": COPIES,
+            "copies": max([COPIES, *(run["copies"] for run in self.runs)]),
             "check": [setting.options for setting in check],
             "runs": self.runs,
         }
 
 
 def plan_engines(
-    settings: Sequence[Setting], llm: dict[str, Any], *, floor: bool, fp8_cache: bool
+    settings: Sequence[Setting], llm: dict[str, Any], *, floor: Sequence[int], fp8_cache: bool
 ) -> list[Engine]:
-    """The reference's first."""
+    """The reference's first. `floor`: the batches that it is repeated in."""
     default = Engine(llm)
     default.add(DEFAULT, is_reference=True)
-    if floor:
-        default.add(FLOOR, copies=COPIES)
+    for copies in floor:
+        default.add(floor_name(copies), copies=copies)
     engines = [default, *_engines_of(settings, llm)]
     if fp8_cache:
         engines.append(Engine(llm | {"kv_cache_dtype": "fp8"}))

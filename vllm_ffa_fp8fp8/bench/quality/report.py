@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ffa_fp8fp8.bench.files import replacing
-from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE, Engine, Texts
+from vllm_ffa_fp8fp8.bench.quality.plan import FP8_CACHE, Engine, Texts
 from vllm_ffa_fp8fp8.bench.report import show_table
 from vllm_ffa_fp8fp8.bench.report import table as markdown_table
 
@@ -66,7 +66,9 @@ class Report:
         chosen = self.texts.of_length(length)
         sources = [self.texts.sources[n] for n in chosen]
         tokens = [len(self.texts.tokens[n]) for n in chosen]
-        order = (DEFAULT, FLOOR, FP8_CACHE, *self.order)
+        others = (FP8_CACHE, *self.order)
+        order = [name for name in self.judged if name not in others]  # the default's own runs
+        order += others
         judged = [self.judged[name] for name in order if name in self.judged]
         return self.head | {
             "text": ", ".join(sources),
