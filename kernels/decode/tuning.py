@@ -54,7 +54,7 @@ class DecodeTuning:
     dense_stages: int = 3
     code_runs: int = 128
     code_stages: int = 3
-    code_parts: int = 2
+    code_parts: int = 4
     code_warps: int = 2
     code_registers: int = 128
     merge_rows: int = 16
@@ -68,7 +68,7 @@ DEFAULT = DecodeTuning()
 
 FEW = DecodeTuning(
     dense_programs_per_processor=1, waves=1, min_blocks=2, scan_tokens=128, chunk_blocks=64,
-    share_stages=2,
+    share_stages=2, code_parts=2,
 )
 """For batches that do not: latency counts there, and smaller steps of the scan start sooner."""
 
