@@ -17,7 +17,7 @@ from vllm_ffa_fp8fp8.bench.cells import (
     Shape,
     plan_cells,
 )
-from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE
+from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FP8_CACHE, floor_name
 from vllm_ffa_fp8fp8.bench.store import Store
 from vllm_ffa_fp8fp8.commands import cli
 from vllm_ffa_fp8fp8.settings import parse_setting
@@ -80,7 +80,7 @@ def layers_content(lengths=(4096, 16_384), **changes):
 def quality_content():
     settings = [
         {"name": DEFAULT, "options": None, "kept": 1.0, "kl_mean": 0.0, "kl_max": 0.0},
-        {"name": FLOOR, "options": None, "kept": 1.0, "kl_mean": 5e-4, "kl_max": 0.01},
+        {"name": floor_name(4), "options": None, "kept": 1.0, "kl_mean": 5e-4, "kl_max": 0.01},
         {"name": FP8_CACHE, "options": None, "kept": 1.0, "kl_mean": 0.012, "kl_max": 0.2},
     ]
     for setting in SETTINGS:

@@ -20,7 +20,7 @@ from vllm_ffa_fp8fp8.bench.quality.engine import (
     without_ours,
 )
 from vllm_ffa_fp8fp8.bench.quality.judge import JudgedText, TextJudge, compare, log_softmax
-from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE, Texts, plan_engines
+from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FP8_CACHE, Texts, floor_name, plan_engines
 from vllm_ffa_fp8fp8.bench.quality.report import (
     Report,
     by_layer,
@@ -141,9 +141,9 @@ def test_a_setting_is_compared_with_the_reference(text):
 def test_settings_that_differ_in_delta_share_an_engine():
     names = ("delta=2", "delta=5,block_size=16", "exact", "delta=8", "delta=2,block_size=16")
     settings = [parse_setting(name) for name in names]
-    engines = plan_engines(settings, {"model": "m"}, floor=True, fp8_cache=True)
+    engines = plan_engines(settings, {"model": "m"}, floor=[4, 16], fp8_cache=True)
     assert [engine.name for engine in engines] == [
-        f"{DEFAULT}; {FLOOR}",
+        f"{DEFAULT}; {floor_name(4)}; {floor_name(16)}",
         "delta=2; delta=8",
         "delta=5,block_size=16; delta=2,block_size=16",
         "exact",
@@ -155,8 +155,10 @@ def test_settings_that_differ_in_delta_share_an_engine():
     assert engines[3].runs[0]["limit"] is None
     assert engines[-1].job(Texts([], []), 1, "f", [])["options"] is None
     assert engines[-1].llm == {"model": "m", "kv_cache_dtype": "fp8"}
-    assert [run["copies"] for run in engines[0].runs] == [1, 4]
-    assert [run["is_reference"] for run in engines[0].runs] == [True, False]
+    assert [run["copies"] for run in engines[0].runs] == [1, 4, 16]
+    copies = [engine.job(Texts([], []), 1, "f", [])["copies"] for engine in engines]
+    assert copies == [16, 4, 4, 4, 4]
+    assert [run["is_reference"] for run in engines[0].runs] == [True, False, False]
 
 
 def judged_text(kl, kept, total, short=0):
@@ -169,7 +171,7 @@ def judged_text(kl, kept, total, short=0):
 def test_report(tmp_path):
     texts = Texts(["a", "a", "b", "b"], [[0] * n for n in (10, 20, 10, 20)])
     settings = [parse_setting(name) for name in ("exact", "delta=5", "delta=3")]
-    plan = plan_engines(settings, {}, floor=False, fp8_cache=False)
+    plan = plan_engines(settings, {}, floor=[], fp8_cache=False)
     order = [setting.name for setting in settings]
     report = Report({"model": "x/m"}, texts, 2, order, [10, 20], tmp_path / "q.json")
     default = [judged_text([0.0, 0.0], [], 0)] * 4

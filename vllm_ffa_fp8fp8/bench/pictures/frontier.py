@@ -20,7 +20,7 @@ from vllm_ffa_fp8fp8.bench.pictures.canvas import (
     style,
 )
 from vllm_ffa_fp8fp8.bench.pictures.sources import LayerFigure, LayersFile, Options, QualityFile
-from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FLOOR, FP8_CACHE
+from vllm_ffa_fp8fp8.bench.quality.plan import DEFAULT, FP8_CACHE, floor_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def draw_kl_frontier(file: LayersFile, quality: QualityFile) -> Figure | None:
     }
     what = f"mean KL divergence from the default backend, nats, at {quality.tokens:,} tokens"
     picture = draw_panels(nearest, found, what, timed)
-    if picture is not None and (floor := named.get(FLOOR)):
+    if picture is not None and (floor := floor_of(named)):
         for axes in picture.axes:
             axes.axvspan(0, floor, color="#eeeeee", zorder=0)
             axes.annotate(

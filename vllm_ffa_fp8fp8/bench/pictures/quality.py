@@ -13,7 +13,7 @@ from vllm_ffa_fp8fp8.bench.pictures.canvas import (
     style,
 )
 from vllm_ffa_fp8fp8.bench.pictures.sources import SWEPT, Judged, QualityFile
-from vllm_ffa_fp8fp8.bench.quality.plan import FLOOR, FP8_CACHE
+from vllm_ffa_fp8fp8.bench.quality.plan import FP8_CACHE, floor_of
 
 UNITS = {"delta": "delta, log2 units", "tau": "tau, a share of the softmax"}
 
@@ -27,7 +27,7 @@ def draw_quality(file: QualityFile) -> Figure | None:
     families = list(dict.fromkeys(j.setting.family for j in ours))
     picture, axes = new_picture(2, len(turned), (5.5, 3.0))
     named = {judged.name: judged for judged in file.settings}
-    fp8, floor = named.get(FP8_CACHE), named.get(FLOOR)
+    fp8, floor = named.get(FP8_CACHE), floor_of(named)
     everything = [kl for j in (*ours, *filter(None, [fp8])) for kl in (j.kl_mean, j.kl_max)]
     labels = []
     for (above, below), option in zip(axes.T, turned, strict=True):

@@ -1,20 +1,26 @@
 """Which engines `quality` runs, and what for."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_ffa_fp8fp8.option_values import RULES
 from vllm_ffa_fp8fp8.settings import Setting
 
 COPIES = 4
 """Requests of the batch that shows the default backend's own rounding, unless told."""
-DEFAULT, FP8_CACHE = "default", "fp8 cache"
+DEFAULT, FP8_CACHE, FLOOR = "default", "fp8 cache", "default, batch of"
+Value = TypeVar("Value")
 
 
 def floor_name(copies: int) -> str:
-    return f"default, batch of {copies}"
+    return f"{FLOOR} {copies}"
+
+
+def floor_of(named: Mapping[str, Value]) -> Value | None:
+    """Of the last of the batches that show the default backend's own rounding."""
+    return next((named[name] for name in reversed(named) if name.startswith(FLOOR)), None)
 
 
 @dataclass(frozen=True)
