@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soaking.answers import Answer, ask, gaps_beside
+from soaking.answers import Answer, Verdict, ask, judge_all
 from soaking.server import Failure, Server, serve
 from soaking.traffic import BURST, NUM_DOCUMENTS, Request, Traffic
 
 EXACT = {"preset": "exact", "fused_kproj": "off"}
 """By the default backend's rotation, whose roundings are not the fused kernel's."""
 NEAR_TIE = 0.05
-"""Between the logprobs of the best tokens: both are right."""
+"""Between the logprobs of the best tokens: both are right. More is a near tie, too, where the
+default backend itself differs by more from one reading to another."""
 MAX_GROWTH, SPARE_MIB = 1.08, 32
 """What the memory at the end may be above that after the first quarter."""
 MOST_WAITING = 24
@@ -235,31 +236,32 @@ def rows(run: Run, drafts: int) -> dict[str, Any]:
 
 async def compare(options: argparse.Namespace, runs: list[Run]) -> list[dict[str, Any]]:
     """The same greedy requests to the default backend, which has room: rows for each run. Where it
-    finds a token too unlikely, its rounding may be why: then it is asked in float32."""
+    finds a token too unlikely, its rounding may be why: then it is asked in float32, too."""
     given = common_options(options)
     if not options.gpu:  # where pages have 128 tokens
         given += ["--num-gpu-blocks-override", str(max(64, 4 * options.max_model_len // 128))]
     asked = [pair for run in runs for pair in run.greedy]
-    gaps = await gaps_beside(options.model, given, asked)
-    if suspects := [place for place, gap in enumerate(gaps) if (gap or 0) > options.near_tie]:
+    verdicts = await judge_all(options.model, given, asked)
+    own = max((verdict.own for verdict in verdicts), default=0.0)
+    near_tie = max(options.near_tie, own)
+    if suspects := [place for place, v in enumerate(verdicts) if (v.gap or 0) > near_tie]:
         exact = [*given, "--dtype", "float32"]
-        found = await gaps_beside(options.model, exact, [asked[place] for place in suspects])
-        for place, gap in zip(suspects, found, strict=True):
-            gaps[place] = 0.0 if gap is None else gap  # None: it takes our token
+        found = await judge_all(options.model, exact, [asked[place] for place in suspects])
+        for place, other in zip(suspects, found, strict=True):
+            verdicts[place].gap = min(verdicts[place].gap, other.gap or 0.0)  # None: as we did
     rows = []
     for run in runs:
-        rows.append(compared_rows(options, run, gaps[: len(run.greedy)]))
-        gaps = gaps[len(run.greedy) :]
+        found, verdicts = verdicts[: len(run.greedy)], verdicts[len(run.greedy) :]
+        rows.append(compared_rows(run, found, near_tie) | {"the default's own": f"{own:.3f}"})
     return rows
 
 
-def compared_rows(
-    options: argparse.Namespace, run: Run, gaps: list[float | None]
-) -> dict[str, Any]:
-    near = sorted(gap for gap in gaps if gap is not None and gap <= options.near_tie)
+def compared_rows(run: Run, verdicts: list[Verdict], near_tie: float) -> dict[str, Any]:
+    gaps = [verdict.gap for verdict in verdicts]
+    near = sorted(gap for gap in gaps if gap is not None and gap <= near_tie)
     wrong = 0
     for (request, answer), found in zip(run.greedy, gaps, strict=True):
-        if found is not None and found > options.near_tie:
+        if found is not None and found > near_tie:
             wrong += 1
             what = f"prompt of {len(request.prompt)}, {request.form or request.options}"
             run.problems.append(

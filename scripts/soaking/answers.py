@@ -12,6 +12,8 @@ from soaking.traffic import FORMS, TOP, Request
 
 PATH = "/v1/completions"
 COMPARED_AT_ONCE = 8
+CLOSE = 1.0
+"""Logprobs of tokens that lie further apart say little of what rounding can change."""
 
 
 @dataclass
@@ -77,35 +79,54 @@ def has_form(form: str, text: str) -> bool:
     return False
 
 
-async def gap(server: Server, request: Request, ours: Answer) -> float | None:
-    """How much less likely our first other token is than the one that `server` takes there: as it
-    decodes, or with what precedes as a prompt, whichever is less, since it rounds otherwise then.
-    None where all are the same, infinite where ours is not among the best."""
+@dataclass
+class Verdict:
+    """How another server judges an answer, in logprobs.
+
+    `gap`: how much less likely our first other token is than the one that it takes there; None
+    where all are the same, infinite where ours is not among its best. `own`: how much closer or
+    further apart it finds the best two tokens of a place where they are CLOSE when what precedes is
+    a prompt than when it decodes. It rounds otherwise then, so two right answers may be as far
+    apart.
+    """
+
+    gap: float | None
+    own: float
+
+
+async def judge(server: Server, request: Request, ours: Answer) -> Verdict:
+    """By `server`'s answer to the same request. A token is as likely as in the kinder of its two
+    readings."""
     options = request.options | {"logprobs": TOP}
     (theirs,) = await ask(server, Request(request.prompt, options, form=request.form))
-    place = first_difference(ours.tokens, theirs.tokens)
-    if place is None:
-        return None
-    if place == min(len(ours.tokens), len(theirs.tokens)):
-        return float("inf")
-    again = Request(request.prompt + ours.tokens[:place], options | {"max_tokens": 1})
+    parted = place = first_difference(ours.tokens, theirs.tokens)
+    leads = [lead(*pair, rival(*pair)) for pair in zip(theirs.best, theirs.tokens, strict=True)]
+    if parted is None:
+        place = leads.index(min(leads))
+    elif parted == min(len(ours.tokens), len(theirs.tokens)):
+        return Verdict(float("inf"), 0.0)
+    again = Request(request.prompt + theirs.tokens[:place], options | {"max_tokens": 1})
     (read,) = await ask(server, again)
-    token, other = ours.tokens[place], theirs.tokens[place]
-    return min(distance(best, token, other) for best in (theirs.best[place], read.best[0]))
+    readings, taken = (theirs.best[place], read.best[0]), theirs.tokens[place]
+    own = abs(leads[place] - lead(readings[1], taken, rival(readings[0], taken)))
+    own = own if abs(leads[place]) < CLOSE and own < float("inf") else 0.0
+    if parted is None:
+        return Verdict(None, own)
+    return Verdict(min(max(0.0, lead(b, taken, ours.tokens[place])) for b in readings), own)
 
 
-async def gaps_beside(
+async def judge_all(
     model: str, given: list[str], asked: list[tuple[Request, Answer]]
-) -> list[float | None]:
-    """`gap` of each, beside a server of the model with such options."""
+) -> list[Verdict]:
+    """Of each, beside a server of the model with such options."""
     free = asyncio.Semaphore(COMPARED_AT_ONCE)
 
-    async def gap_of(request: Request, answer: Answer) -> float | None:
+    async def verdict_of(request: Request, answer: Answer) -> Verdict:
         async with free:
-            return await gap(server, request, answer)
+            return await judge(server, request, answer)
 
     async with serve(model, *given) as server:
-        return await asyncio.gather(*(gap_of(*pair) for pair in asked))
+        return await asyncio.gather(*(verdict_of(*pair) for pair in asked))
 
 
 def first_difference(tokens: list[int], others: list[int]) -> int | None:
@@ -117,7 +138,13 @@ def first_difference(tokens: list[int], others: list[int]) -> int | None:
     return parted
 
 
-def distance(best: dict[int, float], token: int, other: int) -> float:
+def rival(best: dict[int, float], token: int) -> int:
+    """The likeliest of the others."""
+    return max((other for other in best if other != token), key=best.__getitem__, default=token)
+
+
+def lead(best: dict[int, float], token: int, other: int) -> float:
+    """Of the first over the other, infinite where one is not among the best."""
     if token not in best or other not in best:
         return float("inf")
-    return max(0.0, best[other] - best[token])
+    return best[token] - best[other]

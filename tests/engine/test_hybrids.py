@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import pytest
-from agreement import check_same_tokens
+from agreement import NEAR_TIE, check_same_tokens
 from jobs import CONTINUE, GPU, SMALL_STEPS, source_batch
 from processes import HERE, Run, run_script
 from prompts import source_prompt
@@ -31,6 +31,9 @@ DEFAULTS = {"mamba": "GDN_ATTN"}  # of other kinds what attention has
 BLOCK_SIZE, RUN_LENGTH = 16, 128
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build")
+REAL_NEAR_TIE = 0.2
+"""Between logprobs of a real Gemma 3 in bfloat16, whose own rounding is a KL of 1.2e-3 (see
+docs/accuracy.md), so about 0.05 of a logprob."""
 real = pytest.mark.skipif(not os.environ.get("GEMMA3"), reason="GEMMA3 names no Gemma 3")
 
 
@@ -72,14 +75,14 @@ def run_in_turn(
     return [Run(**result, log=log) for result in results]
 
 
-def check_hybrid(default: Run, exact: Run, others: str) -> None:
+def check_hybrid(default: Run, exact: Run, others: str, near_tie: float = NEAR_TIE) -> None:
     attention = set(default.facts["backends"]) - {"GDN_ATTN"}
     assert "FFA_FP8FP8" not in attention and "FFA_FP8FP8" in exact.facts["backends"]
     kind = others.split()[0]
     name = DEFAULTS.get(kind) or attention.pop()
     said = f"vLLM's choice for the others: {others} {name}. Pages have "
     assert said in exact.log
-    check_same_tokens(exact, default)
+    check_same_tokens(exact, default, near_tie)
     for counts in exact.skips:
         assert counts["kept_blocks"] == counts["total_blocks"] > 0
     for answer in exact.batches[1][:2]:
@@ -139,7 +142,7 @@ def check_gemma(llm: dict[str, Any], lengths: tuple[int, ...]) -> None:
     default, exact, balanced = run_in_turn(
         (llm, asked), (llm | EXACT, asked), (llm | BALANCED, [[asked[0][-1]]])
     )
-    check_hybrid(default, exact, "sliding_window (15 layers)")
+    check_hybrid(default, exact, "sliding_window (15 layers)", REAL_NEAR_TIE)
     check_balanced(balanced)
     print(f"{1 - balanced.skip_ratio(0):.3f} of {lengths[-1]} tokens' blocks were kept")
 

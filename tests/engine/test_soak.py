@@ -13,7 +13,7 @@ from processes import MODEL, environment
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from soaking.answers import Answer, ask, first_difference, gap, has_form  # noqa: E402
+from soaking.answers import Answer, ask, first_difference, has_form, judge  # noqa: E402
 from soaking.server import Failure  # noqa: E402
 from soaking.traffic import FORMS, Request, Traffic  # noqa: E402
 
@@ -71,18 +71,28 @@ def request(max_tokens: int, **options) -> Request:
     return Request([1, 2], sampling | options)
 
 
-def gap_beside(tokens: list[int], *choices: dict) -> float | None:
-    return asyncio.run(gap(Canned(*choices), request(2), Answer(tokens)))
+def judged(tokens: list[int], *choices: dict) -> tuple[float | None, float]:
+    verdict = asyncio.run(judge(Canned(*choices), request(2), Answer(tokens)))
+    return verdict.gap, verdict.own
 
 
-def test_a_gap_is_the_smaller_of_two_ways_to_compute_it():
-    decoded = choice([5, 6], {5: -0.1}, {6: -0.5, 7: -0.7})
-    assert gap_beside([5, 6], decoded) is None
+def test_a_token_is_as_likely_as_in_the_kinder_of_two_readings():
+    decoded = choice([5, 6], {5: -0.1, 9: -3.0}, {6: -0.5, 7: -0.7})
     read = choice([6], {6: -0.6, 7: -0.61})
-    assert gap_beside([5, 7], decoded, read) == pytest.approx(0.01)
-    assert gap_beside([5, 7], decoded, choice([6], {6: -0.1})) == pytest.approx(0.2)
-    assert gap_beside([5, 8], decoded, read) == float("inf")
-    assert gap_beside([5], decoded) == float("inf")
+    assert judged([5, 7], decoded, read) == (pytest.approx(0.01), pytest.approx(0.19))
+    assert judged([5, 7], decoded, choice([6], {6: -0.1})) == (pytest.approx(0.2), 0.0)
+    assert judged([5, 8], decoded, read)[0] == float("inf")
+    assert judged([5], decoded) == (float("inf"), 0.0)
+
+
+def test_equal_answers_show_what_rounding_does_where_it_matters_most():
+    decoded = choice([5, 6], {5: -0.1, 9: -3.0}, {6: -0.5, 7: -0.7})
+    assert judged([5, 6], decoded, choice([7], {7: -0.5, 6: -0.6})) == (None, pytest.approx(0.3))
+    decided = choice([5, 6], {5: -0.1, 9: -3.0}, {6: -0.5, 7: -1.6})
+    assert judged([5, 6], decided, choice([6], {6: -0.1, 7: -2.0})) == (None, 0.0)
+
+
+def test_parted_answers():
     assert first_difference([1, 2], [1, 2, 3]) == 2
 
 
