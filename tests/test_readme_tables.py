@@ -13,6 +13,7 @@ from vllm_ffa_fp8fp8.bench.cells import FA3_BF16, OURS, Cell, Figure, Shape
 from vllm_ffa_fp8fp8.bench.files import Records, file_name
 from vllm_ffa_fp8fp8.bench.model_tables import TABLES
 from vllm_ffa_fp8fp8.bench.published import SERVING, Published
+from vllm_ffa_fp8fp8.bench.quality_tables import order_of
 from vllm_ffa_fp8fp8.bench.store import DECODE, Store
 from vllm_ffa_fp8fp8.bench.tables import MARKED, fill
 
@@ -108,13 +109,27 @@ def test_quality_of_all_models_stands_in_one_table(tmp_path):
     judged(tmp_path, "c", NEW | {"gpu": "NVIDIA H200"}, "big", 8000, slow=0.12)
     shown = TABLES["quality"](Published(tmp_path))
     for line in (
-        "| model | tokens | text | judged, of each | fast | slow |",
-        "| big | 8,000 | x.py, y.txt | 64 | - | 0.120, 1.2e-02 |",
-        "| small | 8,000 | x.py, y.txt | 64 | 0.250, 2.5e-02 | - |",
-        "| small | 16,000 | x.py, y.txt | 64 | 0.150, 1.5e-02 | 0.500, 5.0e-02 |",
+        "|  | big, 8,000 | small, 8,000 | small, 16,000 |",
+        "| fast | - | 0.250, 2.5e-02 | 0.150, 1.5e-02 |",
+        "| slow | 0.120, 1.2e-02 | - | 0.500, 5.0e-02 |",
+        "Of the last 64 tokens of x.py, y.txt.",
     ):
         assert line in shown
     assert "H200" in shown and "commit a, b." in shown and "0.900" not in shown
+
+
+def test_like_settings_stand_side_by_side():
+    share = {"rule": "share", "block_size": None}
+    options = {
+        "default, batch of 4": {},
+        "exact": {"rule": "threshold", "block_size": None, "delta": None},
+        "tau=0.006": share | {"tau": 0.006},
+        "balanced": share | {"tau": 0.012, "scan": "base"},
+        "balanced,scan=int4": share | {"tau": 0.012, "scan": "int4"},
+        "tau=0.012,block_size=64": share | {"tau": 0.012, "block_size": 64},
+        "delta=2": {"rule": "threshold", "block_size": None, "delta": 2.0},
+    }
+    assert sorted(options, key=lambda name: order_of(options[name])) == list(options)
 
 
 def timed(folder, environment, **figures):
