@@ -96,13 +96,14 @@ def load_chunk(
     `load_places`)."""
     PER_SPAN: tl.constexpr = SPAN.BLOCK_SIZE // BLOCK.BLOCK_SIZE
     SLOTS: tl.constexpr = TUNING.CHUNK_BLOCKS * PER_SPAN
+    PER_BLOCK: tl.constexpr = BLOCK.PER_BLOCK
     slots = tl.arange(0, SLOTS)  # up to 32, every warp has all, and no sum crosses warps
     spans = slots // PER_SPAN
     blocks = (first_span + spans * step) * PER_SPAN + slots % PER_SPAN
     exists = (spans < num_spans) & (blocks * BLOCK.BLOCK_SIZE < seq_len)
     places = ()
-    for part in tl.static_range(BLOCK.PER_BLOCK):
-        runs = blocks * BLOCK.PER_BLOCK + part
+    for part in tl.static_range(PER_BLOCK):
+        runs = blocks * PER_BLOCK + part
         page = tl.load(
             block_table_row_ptr + runs // BLOCK.PER_PAGE,
             mask=exists & (runs * BLOCK.UNIT < seq_len), other=0,
