@@ -6,7 +6,7 @@ import triton.language as tl
 from ..cache.paged_cache import cache_of_head
 from .attend import attend_runs, begin_softmax, largest_scores, raise_reference, run_tile
 from .limits import list_numbers
-from .merge import count_item, hand_over
+from .merge import count_item, leave_result, merge_results
 from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .share import MOST_MASS, choose_blocks, load_chunk
@@ -174,17 +174,21 @@ def draw_kernel(
             )
             tl.debug_barrier()  # before the next chunk's take their place
 
-    if counters_ptr is not None:
+    is_last = leave_result(
+        accumulator, weight_sums, reference,
+        output, scratch, arrivals_ptr, num_items * PARTS, request, index, num_items, item, kv_head,
+        token, query_len, PAGE, QUERY,
+    )
+    if counters_ptr is not None:  # here nobody waits for it
         count_item(
             counters_ptr, kv_head, index, num_items, query_len, seq_len < min_context,
             num_blocks, num_read, num_drawn, left,
         )
-    hand_over(
-        accumulator, weight_sums, reference,
-        output, scratch, arrivals_ptr, num_items * PARTS, request, index, num_items, item, kv_head,
-        token, query_len,
-        PAGE, QUERY, TUNING,
-    )
+    if is_last:
+        merge_results(
+            output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token,
+            query_len, PAGE, QUERY, TUNING,
+        )
     if PDL:
         # so that the kernel behind this one finds all that `weigh_kernel` writes
         tl.extra.cuda.gdc_wait()

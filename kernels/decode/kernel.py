@@ -9,7 +9,7 @@ from ..cache.paged_cache import cache_of_head
 from ..cache.paged_rows import load_places
 from .attend import attend_blocks, begin_softmax, num_kept, raise_reference
 from .early import prefetch_anchors, prefetch_tile
-from .merge import count_item, hand_over, smaller_blocks
+from .merge import count_item, leave_result, merge_results, smaller_blocks
 from .plan import load_item
 from .query import load_query, load_sinks, query_rows, query_span, split_query
 from .scan import anchor_threshold, load_anchor_pages, load_anchors, scan_blocks
@@ -173,7 +173,12 @@ def decode_kernel(
         if PRUNE:
             tl.debug_barrier()  # before the next chunk's scores take their place
 
-    if counters_ptr is not None:
+    is_last = leave_result(
+        accumulator, weight_sums, reference,
+        output, scratch, arrivals_ptr, 0, request, index, num_items, item, kv_head, token,
+        query_len, PAGE, QUERY,
+    )
+    if counters_ptr is not None:  # here nobody waits for it
         if COUNTED != BLOCK_SIZE:
             num_blocks = smaller_blocks(seq_len, index, num_items, BLOCK_SIZE, COUNTED)
             total_kept = num_blocks
@@ -181,9 +186,8 @@ def decode_kernel(
             counters_ptr, kv_head, index, num_items, query_len, seq_len < min_context,
             num_blocks, total_kept, tl.zeros([], tl.int32), tl.zeros([], tl.float32),
         )
-    hand_over(
-        accumulator, weight_sums, reference,
-        output, scratch, arrivals_ptr, 0, request, index, num_items, item, kv_head, token,
-        query_len,
-        PAGE, QUERY, TUNING,
-    )
+    if is_last:
+        merge_results(
+            output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token,
+            query_len, PAGE, QUERY, TUNING,
+        )

@@ -14,6 +14,11 @@ SHARE_UNITS: tl.constexpr = tl.constexpr(SHARE_UNITS_)
 
 
 @triton.jit
+def _count(counter_ptr, number):
+    tl.atomic_add(counter_ptr, number, sem="relaxed")  # any other waits for all of memory
+
+
+@triton.jit
 def count_item(
     counters_ptr, kv_head, index, num_items, query_len, is_short,
     num_blocks, num_kept, num_drawn, left,
@@ -25,15 +30,16 @@ def count_item(
     counters_ptr += kv_head * NUM_COUNTERS
     num_blocks = num_blocks.to(tl.int64)
     if is_short:
-        tl.atomic_add(counters_ptr + 2, num_blocks)
+        _count(counters_ptr + 2, num_blocks)
     else:
         units = (left * SHARE_UNITS).to(tl.int64)
-        tl.atomic_add(counters_ptr, num_kept.to(tl.int64))
-        tl.atomic_add(counters_ptr + 1, num_blocks)
-        tl.atomic_add(counters_ptr + 3, num_drawn.to(tl.int64))
-        tl.atomic_add(counters_ptr + 4, units)
-        tl.atomic_max(counters_ptr + 5, tl.minimum(units * num_items // query_len, SHARE_UNITS))
-        tl.atomic_add(counters_ptr + 6, tl.where(index == 0, query_len, 0).to(tl.int64))
+        _count(counters_ptr, num_kept.to(tl.int64))
+        _count(counters_ptr + 1, num_blocks)
+        _count(counters_ptr + 3, num_drawn.to(tl.int64))
+        _count(counters_ptr + 4, units)
+        most = tl.minimum(units * num_items // query_len, SHARE_UNITS)
+        tl.atomic_max(counters_ptr + 5, most, sem="relaxed")
+        _count(counters_ptr + 6, tl.where(index == 0, query_len, 0).to(tl.int64))
 
 
 @triton.jit
@@ -107,22 +113,21 @@ def merge_items(
 
 
 @triton.jit
-def hand_over(
+def leave_result(
     accumulator, weight_sums, reference,
     output, scratch, arrivals_ptr, before, request, index, num_items, item, kv_head, token,
     query_len,
-    PAGE: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+    PAGE: tl.constexpr, QUERY: tl.constexpr,
 ):
     """Writes the output of a request and KV head that is one item; of others what the item comes
-    to, and the program that ends last merges them all. `before`: what others have added to its
-    arrivals, which are zero afterwards.
+    to. Returns whether this program is the last of several and has to `merge_results`. `before`:
+    what others have added to the arrivals.
 
     `accumulator, weight_sums, reference`: of `softmax_update`. See `merge_items` for the others.
     """
     arrivals_ptr += request * QUERY.NUM_KV_HEADS + kv_head
     HEAD_SIZE: tl.constexpr = PAGE.HEAD_SIZE
     HEAD_SIZE_PADDED: tl.constexpr = PAGE.HEAD_SIZE_PADDED
-    ROWS: tl.constexpr = QUERY.ROWS
     ROWS_PADDED: tl.constexpr = QUERY.ROWS_PADDED
     columns = tl.arange(0, HEAD_SIZE_PADDED)
     row_tokens, row_heads, row_exists = query_rows(query_len, QUERY.GROUP, ROWS_PADDED)
@@ -130,6 +135,7 @@ def hand_over(
     result = tl.trans(narrow(accumulator, HEAD_SIZE_PADDED, ROWS_PADDED))
     result /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     mask = row_exists[:, None] & (columns < HEAD_SIZE)[None, :]
+    missing = tl.full([], 1, tl.int32)
     if num_items == 1:
         output_place = (token + row_tokens) * output.stride_token
         output_place += (kv_head * QUERY.GROUP + row_heads) * output.stride_head
@@ -141,19 +147,29 @@ def hand_over(
         if before > 0:
             tl.store(arrivals_ptr, 0)
     else:
-        place = (item * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64)
-        partial_rows = place * ROWS + tl.arange(0, ROWS_PADDED)
+        partial_rows = (item * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64) * QUERY.ROWS
+        partial_rows += tl.arange(0, ROWS_PADDED)
         partial_output = scratch.partial_output + partial_rows[:, None] * HEAD_SIZE
         tl.store(partial_output + columns[None, :], result, mask=mask)
         lse = reference + tl.log2(row_sum)
         tl.store(scratch.partial_lse + partial_rows, lse, mask=row_exists)
         tl.debug_barrier()  # all threads' results are written before one of them says so
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-        if arrived == before + num_items - 1:
-            first_row = (place - index.to(tl.int64) * QUERY.NUM_KV_HEADS) * ROWS
-            merge_items(
-                output, token, kv_head, query_len,
-                scratch.partial_output + first_row * HEAD_SIZE, scratch.partial_lse + first_row,
-                num_items, PAGE, QUERY, TUNING,
-            )
-            tl.store(arrivals_ptr, 0)  # for the next launch
+        missing = before + num_items - 1 - arrived
+    return missing == 0
+
+
+@triton.jit
+def merge_results(
+    output, scratch, arrivals_ptr, request, index, num_items, item, kv_head, token, query_len,
+    PAGE: tl.constexpr, QUERY: tl.constexpr, TUNING: tl.constexpr,
+):
+    """Merges what `leave_result` left of a request and KV head, whose arrivals are zero
+    afterwards. See there for the arguments."""
+    first_row = ((item - index) * QUERY.NUM_KV_HEADS + kv_head).to(tl.int64) * QUERY.ROWS
+    merge_items(
+        output, token, kv_head, query_len,
+        scratch.partial_output + first_row * PAGE.HEAD_SIZE, scratch.partial_lse + first_row,
+        num_items, PAGE, QUERY, TUNING,
+    )
+    tl.store(arrivals_ptr + request * QUERY.NUM_KV_HEADS + kv_head, 0)  # for the next launch

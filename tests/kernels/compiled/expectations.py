@@ -11,6 +11,7 @@ REGISTERS, SHARED_MEMORY, SHARED_MEMORY_APART = 65_536, 233_472, 1_024
 """Of a multiprocessor; the last is what every program takes beside its own."""
 
 E4M3, ANY = "wgmma on E4M3", "any product"
+ORDERED = {"acquire", "release", "acq_rel"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Expectation:
             asynchronous copies if `pipelined`.
         local: bytes of local memory of a thread, at most: what does not fit its registers.
         programs: on a multiprocessor, at least; None: as many as the variant means to have.
+        fences: atomics that wait for all that a thread has read and written, at most.
     """
 
     moves: Mapping[str, int] = field(default_factory=dict)
@@ -34,6 +36,7 @@ class Expectation:
     pipelined: bool = True
     local: int = 0
     programs: int | None = None
+    fences: int = 1
 
 
 FEW = {"store_key_rows": 4, "store_value_rows": 8}
@@ -162,6 +165,10 @@ def failures(launch: Launch, assembly: Assembly, resources: Resources) -> Iterat
             yield f"loop {number} gets no rows by asynchronous copies"
     if resources.local > expected.local:
         yield f"{resources.local} bytes of local memory a thread, {expected.local} at most"
+    fences = [i for i in assembly.starting("atom.") if ORDERED & {*i.text.split()[0].split(".")}]
+    if len(fences) > expected.fences:
+        lines = ", ".join(sorted({f"{i.file}:{i.line}" for i in fences}))
+        yield f"{len(fences)} atomics order memory, {expected.fences} at most ({lines})"
     metadata = launch.compiled.metadata
     wanted = launch.variant.programs if expected.programs is None else expected.programs
     fit = programs_that_fit(resources, metadata.num_warps, metadata.shared)
